@@ -1,0 +1,110 @@
+"""Small data sets of real JPEG files in the layouts they are distributed in."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+
+torch.set_num_threads(2)
+
+PER_CLASS = 10
+
+
+def write_image(path, seed, mode="RGB"):
+    """A small noisy JPEG, of another size and colour for each seed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(70, 100, 2)
+    pixels = rng.integers(0, 60, (height, width, 3)) + rng.integers(0, 190, 3)
+    Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(path)
+
+
+def make_cub(root, folder="CUB_200_2011/images", classes=4):
+    """As extracted: a folder per class; one image is grayscale, one file a Mac leftover."""
+    images = Path(root, folder)
+    for c in range(classes):
+        for i in range(PER_CLASS):
+            name = images / f"{c + 1:03d}.Bird_{c}" / f"Bird_{i:04d}.jpg"
+            write_image(name, seed=100 * c + i, mode="L" if (c, i) == (1, 2) else "RGB")
+    (images / "001.Bird_0" / "._Bird_0000.jpg").write_bytes(b"Mac OS X")
+    return root
+
+
+def _structs(rows):
+    """MATLAB's struct array: fields in order, each value in a cell of its own."""
+    kinds = [(name, object) for name in rows[0]]
+    return np.array([[tuple(row.values()) for row in rows]], dtype=kinds)
+
+
+def make_cars(root, folder=".", classes=4):
+    """car_ims/ and cars_annos.mat; the images of a class are not in one run."""
+    folder = Path(root, folder)
+    rows = []
+    for i in range(PER_CLASS * classes):
+        name = f"car_ims/{i + 1:06d}.jpg"
+        write_image(folder / name, seed=i, mode="L" if i == 3 else "RGB")
+        rows.append({"relative_im_path": name, "bbox_x1": 1, "bbox_y1": 1, "bbox_x2": 9,
+                     "bbox_y2": 9, "class": i % classes + 1, "test": i % 2})  # fmt: skip
+    savemat(folder / "cars_annos.mat", {"annotations": _structs(rows)})
+    return root
+
+
+def make_cars_devkit(root, folder=".", classes=4):
+    """cars_train/, cars_test/ and devkit/, the labels of the test images added later."""
+    folder = Path(root, folder)
+    (folder / "devkit").mkdir(parents=True)
+    for half, annotations in (
+        ("train", "cars_train_annos.mat"),
+        ("test", "cars_test_annos_withlabels.mat"),
+    ):
+        rows = []
+        for i in range(PER_CLASS * classes // 2):
+            name = f"{i + 1:05d}.jpg"
+            write_image(folder / f"cars_{half}" / name, seed=i)
+            rows.append({"bbox_x1": 1, "bbox_y1": 1, "bbox_x2": 9, "bbox_y2": 9,
+                         "class": i % classes + 1, "fname": name})  # fmt: skip
+        savemat(folder / "devkit" / annotations, {"annotations": _structs(rows)})
+    return root
+
+
+def make_cars_folders(root, folder="car_data", classes=4):
+    """A folder per class in train/ and again in test/."""
+    names = ["AM General Hummer SUV 2000", "Acura Integra Type R 2001", "BMW M3 2012", "smart"]
+    for c, name in enumerate(names[:classes]):
+        for i in range(PER_CLASS):
+            half = "train" if i % 2 else "test"
+            write_image(Path(root, folder, half, name, f"{i:05d}.jpg"), seed=100 * c + i)
+    return root
+
+
+def make_sop(root, folder="Stanford_Online_Products", classes=4):
+    """Ebay_train.txt and Ebay_test.txt, and images by super-class."""
+    folder, image_id = Path(root, folder), 0
+    for split, first in (("train", 1), ("test", classes + 1)):
+        lines = ["image_id class_id super_class_id path"]
+        for class_id in range(first, first + classes):
+            for i in range(PER_CLASS // 2):
+                image_id += 1
+                name = f"bicycle_final/{class_id}_{i}.JPG"
+                write_image(folder / name, seed=image_id, mode="L" if image_id == 2 else "RGB")
+                lines.append(f"{image_id} {class_id} 1 {name}")
+        (folder / f"Ebay_{split}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def no_account_no_network(monkeypatch, tmp_path):
+    """No wandb account, and torch.hub finds nothing: a test that needs either says so."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+    def refuse(url, *args, **kwargs):
+        raise OSError(f"a test wanted to download {url}")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))

@@ -1,0 +1,125 @@
+"""The network's interface and how it reads weights."""
+
+import hashlib
+
+import pytest
+import torch
+
+from net import create_model, weights
+from utils import UserError
+
+D = 8
+IMAGES = torch.linspace(-100, 100, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def disent():
+    torch.manual_seed(0)
+    return create_model("bn_inception", D, disent=True).eval()
+
+
+@pytest.fixture
+def imagenet(tmp_path, disent):
+    """A file as the ImageNet one: no prefix, no heads or counters, some [1, ...] tensors."""
+    state = {}
+    for name, tensor in disent.state_dict().items():
+        if "embedding" in name or name.endswith("num_batches_tracked"):
+            continue
+        lead = name.endswith("_bn.weight")
+        state[name.removeprefix("model.")] = tensor.unsqueeze(0) if lead else tensor.clone()
+    path = tmp_path / "bn_inception.pth"
+    torch.save(state, path)
+    return path, state
+
+
+def test_forward_gives_two_heads_with_disent_and_one_without(disent):
+    head, head_specific = disent(IMAGES)
+    assert head.shape == head_specific.shape == (2, 2 * D)
+    assert create_model("bn_inception", D)(IMAGES).shape == (2, D)
+
+
+def test_embed_is_the_normalised_mean(disent):
+    mu = disent(IMAGES)[0][:, :D]
+    torch.testing.assert_close(disent.embed(IMAGES), mu / mu.norm(dim=1, keepdim=True))
+
+
+def test_without_l2_norm_the_specific_head_reads_the_same_vector(disent):
+    plain = create_model("bn_inception", D, disent=True, l2_norm=False).eval()
+    plain.load_state_dict(disent.state_dict())
+    head, head_specific = plain(IMAGES)
+    torch.testing.assert_close(head_specific, plain.model.embedding_specific(head))
+    torch.testing.assert_close(disent(IMAGES)[0], head / head.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(plain.embed(IMAGES), disent.embed(IMAGES))
+
+
+def test_heads_start_kaiming_normal_with_zero_bias():
+    head, specific = create_model("bn_inception", 128, disent=True).heads()
+    for layer in (head, specific):
+        assert layer.weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.02)
+        assert not layer.bias.any()
+
+
+def test_imagenet_file_loads_by_name_and_leaves_the_heads(imagenet):
+    path, state = imagenet
+    model = create_model("bn_inception", D, weights=str(path))
+    torch.testing.assert_close(model.model.conv1_7x7_s2.weight.data, state["conv1_7x7_s2.weight"])
+    bn = state["inception_5b_pool_proj_bn.weight"].squeeze(0)
+    torch.testing.assert_close(model.model.inception_5b_pool_proj_bn.weight.data, bn)
+
+
+def test_imagenet_file_is_refused_for_any_other_difference(imagenet, tmp_path):
+    path, state = imagenet
+    del state["conv2_3x3.bias"]
+    state["surplus"] = torch.zeros(1)
+    torch.save(state, path)
+    with pytest.raises(UserError, match=r"missing model.conv2_3x3.bias; unexpected model.surplus"):
+        create_model("bn_inception", D, weights=str(path))
+
+
+def test_checkpoint_loads_network_alone(tmp_path, disent):
+    path = tmp_path / "published.pth"
+    torch.save({"model_state_dict": disent.state_dict(), "epoch": 3}, path)
+    model = create_model("bn_inception", D, disent=True, weights=str(path)).eval()
+    assert torch.equal(model.embed(IMAGES), disent.embed(IMAGES))
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "misshapen"])
+def test_checkpoint_with_a_wrong_key_is_refused_by_name(tmp_path, disent, change):
+    state = disent.state_dict()
+    key = "model.conv2_3x3.weight"
+    if change == "missing":
+        del state[key]
+    elif change == "unexpected":
+        key = "model.conv9.weight"
+        state[key] = torch.zeros(1)
+    else:
+        state[key] = state[key][:1]
+    path = tmp_path / "published.pth"
+    torch.save({"model_state_dict": state}, path)
+    with pytest.raises(UserError, match=f"{path}.*{change} {key}"):
+        create_model("bn_inception", D, disent=True, weights=str(path))
+
+
+def test_download_names_cache_and_host_and_the_way_out(tmp_path):
+    with pytest.raises(UserError) as error:
+        create_model("bn_inception", D, weights="imagenet")
+    for part in (str(tmp_path / "hub"), weights.IMAGENET_URL, "--weights PATH", "--weights none"):
+        assert part in str(error.value)
+
+
+def test_download_is_checked_against_the_whole_sha256(monkeypatch, imagenet):
+    path, _ = imagenet
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    asked = []
+
+    def download(url, destination, hash_prefix):
+        asked.append(hash_prefix)
+        with open(destination, "wb") as file:
+            file.write(path.read_bytes())
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(UserError, match=f"damaged.*{digest}"):
+        create_model("bn_inception", D, weights="imagenet")
+    monkeypatch.setattr(weights, "IMAGENET_SHA256", digest)
+    create_model("bn_inception", D, weights="imagenet")
+    assert asked == ["52deb473314542a5c2f87e9e6f26f4ca42fe863d15f986414dbae8c2dfdd2353"]
