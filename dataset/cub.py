@@ -1,0 +1,12 @@
+"""CUB-200-2011 (Wah et al., 2011): 200 bird species, a folder each."""
+
+from dataset.images import class_folders, first_existing, half_of_classes
+
+KS = (1, 2, 4, 8, 16, 32)
+PUBLISHED = {"train": (5864, 100), "test": (5924, 100)}  # images, classes
+
+
+def read(root, split):
+    """[(path, label)]; classes by sorted folder name, the first half of them trains."""
+    folder = first_existing(root, ("CUB_200_2011/images", "cub/images"), "cub")
+    return half_of_classes(class_folders(folder), split, folder)

@@ -1,0 +1,156 @@
+"""The demo data set: drawn with Pillow from a seed, in CUB's folder layout.
+
+A class is a shape filled with a texture. Background, colours, pose and scale vary alike in all
+classes: what they share, and what DDML is there to shed.
+"""
+
+import math
+import os
+import random
+import shutil
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from dataset.images import class_folders, half_of_classes
+
+KS = (1, 2, 4, 8)
+IMAGES_PER_CLASS = 40
+SIZE = 80  # pixels of a generated JPEG's side
+CANVAS = 128  # shapes and textures are drawn larger, then turned and scaled down
+
+
+def read(root, split):
+    """[(path, label)]; the images are drawn first if they are not there yet."""
+    folder = Path(root, "demo", "images")
+    if not folder.exists():
+        generate(folder)
+    return half_of_classes(class_folders(folder), split, folder)
+
+
+def generate(folder, seed=0):
+    """Write every class folder, all or nothing."""
+    rng = random.Random(seed)
+    classes = [(shape, texture) for shape in SHAPES for texture in TEXTURES]
+    rng.shuffle(classes)  # so that both halves hold most shapes and most textures
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    print(f"drawing {len(classes) * IMAGES_PER_CLASS} images into {folder}", flush=True)
+    try:
+        for number, (shape, texture) in enumerate(classes, start=1):
+            subfolder = unfinished / f"{number:03d}.{shape}_{texture}"
+            subfolder.mkdir(parents=True)
+            for index in range(IMAGES_PER_CLASS):
+                draw_image(rng, SHAPES[shape], TEXTURES[texture]).save(
+                    subfolder / f"{shape}_{texture}_{index:04d}.jpg", quality=90
+                )
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def draw_image(rng, shape, texture):
+    def colour():
+        return tuple(rng.randrange(256) for _ in range(3))
+
+    image = Image.new("RGB", (SIZE, SIZE), colour())
+    brush = ImageDraw.Draw(image)
+    for _ in range(3):  # clutter
+        x, y, r = rng.randrange(SIZE), rng.randrange(SIZE), rng.randrange(4, 16)
+        brush.ellipse((x - r, y - r, x + r, y + r), fill=colour())
+
+    mask, pattern = Image.new("L", (CANVAS, CANVAS)), Image.new("L", (CANVAS, CANVAS))
+    shape(ImageDraw.Draw(mask))
+    texture(ImageDraw.Draw(pattern))
+    angle, side = rng.uniform(-20, 20), rng.randrange(SIZE * 7 // 10, SIZE)
+    mask, pattern = (
+        layer.rotate(angle, Image.Resampling.BICUBIC).resize((side, side))
+        for layer in (mask, pattern)
+    )
+    dark, light = rng.randrange(0, 60), rng.randrange(195, 256)  # the texture stays visible
+    tint = [rng.uniform(0.7, 1.0) for _ in range(3)]
+    light, dark = (
+        Image.new("RGB", (side, side), tuple(int(shade * t) for t in tint))
+        for shade in (light, dark)
+    )
+    corner = (rng.randrange(SIZE - side + 1), rng.randrange(SIZE - side + 1))
+    image.paste(Image.composite(light, dark, pattern), corner, mask)
+    return image
+
+
+def _regular_polygon(corners, inner=1.0):
+    """A polygon, or with `inner` < 1 a star, of radius 0.45 canvas."""
+
+    def draw(brush):
+        points = []
+        count = corners if inner == 1.0 else 2 * corners
+        for i in range(count):
+            radius = CANVAS * 0.45 * (inner if i % 2 and inner < 1 else 1)
+            angle = 2 * math.pi * i / count - math.pi / 2
+            points.append((CANVAS / 2 + radius * math.cos(angle),
+                           CANVAS / 2 + radius * math.sin(angle)))  # fmt: skip
+        brush.polygon(points, fill=255)
+
+    return draw
+
+
+def _circle(brush):
+    brush.ellipse((CANVAS * 0.08, CANVAS * 0.08, CANVAS * 0.92, CANVAS * 0.92), fill=255)
+
+
+def _ring(brush):
+    _circle(brush)
+    brush.ellipse((CANVAS * 0.32, CANVAS * 0.32, CANVAS * 0.68, CANVAS * 0.68), fill=0)
+
+
+def _cross(brush):
+    brush.rectangle((CANVAS * 0.36, CANVAS * 0.06, CANVAS * 0.64, CANVAS * 0.94), fill=255)
+    brush.rectangle((CANVAS * 0.06, CANVAS * 0.36, CANVAS * 0.94, CANVAS * 0.64), fill=255)
+
+
+def _plain(brush):
+    brush.rectangle((0, 0, CANVAS, CANVAS), fill=255)
+
+
+def _stripes(brush):
+    for y in range(0, CANVAS, 24):
+        brush.rectangle((0, y, CANVAS, y + 11), fill=255)
+
+
+def _bars(brush):
+    for x in range(0, CANVAS, 24):
+        brush.rectangle((x, 0, x + 11, CANVAS), fill=255)
+
+
+def _dots(brush):
+    for x in range(12, CANVAS, 26):
+        for y in range(12, CANVAS, 26):
+            brush.ellipse((x - 8, y - 8, x + 8, y + 8), fill=255)
+
+
+def _checks(brush):
+    for x in range(0, CANVAS, 32):
+        for y in range(0, CANVAS, 32):
+            brush.rectangle((x, y, x + 15, y + 15), fill=255)
+            brush.rectangle((x + 16, y + 16, x + 31, y + 31), fill=255)
+
+
+def _target(brush):
+    for r in range(CANVAS, 0, -24):
+        box = (CANVAS / 2 - r / 2, CANVAS / 2 - r / 2, CANVAS / 2 + r / 2, CANVAS / 2 + r / 2)
+        brush.ellipse(box, fill=255 if r // 24 % 2 else 0)
+
+
+SHAPES = {
+    "Circle": _circle,
+    "Cross": _cross,
+    "Triangle": _regular_polygon(3),
+    "Star": _regular_polygon(5, inner=0.45),
+}
+TEXTURES = {
+    "Plain": _plain,
+    "Stripes": _stripes,
+    "Bars": _bars,
+    "Dots": _dots,
+    "Checks": _checks,
+    "Target": _target,
+}

@@ -1,0 +1,238 @@
+"""Every layout a data set comes in, every kind of image file, and seeded randomness."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+
+import dataset
+from dataset import demo
+from dataset.images import read_image
+from dataset.loader import batches, test_loader, train_loader
+from dataset.transforms import test_transform, to_input, train_transform
+from tests.conftest import (
+    PER_CLASS,
+    make_cars,
+    make_cars_devkit,
+    make_cars_folders,
+    make_cub,
+    make_sop,
+)
+from utils import UserError
+
+test_loader.__test__ = test_transform.__test__ = False  # ours, not pytest's
+CPU = torch.device("cpu")
+
+LAYOUTS = [
+    # data set  made by             in the folder
+    ("cub",     make_cub,           "CUB_200_2011/images"),
+    ("cub",     make_cub,           "cub/images"),
+    ("car",     make_cars,          "."),
+    ("car",     make_cars,          "car"),
+    ("cars",    make_cars,          "cars196"),
+    ("cars",    make_cars_devkit,   "."),
+    ("cars",    make_cars_devkit,   "cars196"),
+    ("cars",    make_cars_folders,  "car_data"),
+    ("cars",    make_cars_folders,  "car_data/car_data"),
+    ("cars",    make_cars_folders,  "car/car_data"),
+    ("SOP",     make_sop,           "Stanford_Online_Products"),
+    ("sop",     make_sop,           "sop"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, make, folder", LAYOUTS)
+def test_layout_loads_with_its_halves_of_the_classes(tmp_path, name, make, folder):
+    make(tmp_path, folder)
+    train, test = (dataset.load(name, tmp_path, split) for split in ("train", "test"))
+    classes = 4 if name.lower() == "sop" else 2
+    assert train.num_classes == test.num_classes == classes
+    assert len(train) == len(test) == 2 * PER_CLASS
+    assert train.labels.unique().tolist() == list(range(classes))
+    assert not set(train.labels.tolist()) & set(test.labels.tolist())
+    assert not set(train.paths) & set(test.paths)
+    image, label = test[0]
+    assert image.mode == "RGB" and label == test.labels[0]
+
+
+def test_cub_classes_are_sorted_folders_and_mac_leftovers_are_skipped(tmp_path):
+    train = dataset.load("cub", make_cub(tmp_path), "train")
+    assert [Path(path).parent.name for path in train.paths[::PER_CLASS]] == [
+        "001.Bird_0",
+        "002.Bird_1",
+    ]
+    assert not any("._" in path for path in train.paths)
+
+
+def test_cars_keep_the_order_of_the_file_and_use_its_class_field(tmp_path):
+    train = dataset.load("car", make_cars(tmp_path), "train")
+    numbers = [int(Path(path).stem) - 1 for path in train.paths]
+    assert numbers == sorted(numbers)
+    assert train.labels.tolist() == [number % 4 for number in numbers]
+
+
+def test_cars_devkit_splits_by_class_over_both_folders(tmp_path):
+    train = dataset.load("cars", make_cars_devkit(tmp_path), "train")
+    assert {Path(path).parent.name for path in train.paths} == {"cars_train", "cars_test"}
+
+
+def test_cars_class_folders_are_in_ascii_order(tmp_path):
+    test = dataset.load("cars", make_cars_folders(tmp_path), "test")
+    assert {Path(path).parent.name for path in test.paths} == {"BMW M3 2012", "smart"}
+
+
+def test_sop_training_labels_index_proxies_even_in_a_subset(tmp_path):
+    make_sop(tmp_path)
+    for path in (tmp_path / "Stanford_Online_Products/bicycle_final").glob("2_*"):
+        path.unlink()
+    train = dataset.load("SOP", tmp_path, "train")
+    assert train.labels.unique().tolist() == [0, 1, 2]
+
+
+def test_counts_that_differ_from_the_published_are_one_warning_line(tmp_path, capsys):
+    dataset.load("cub", make_cub(tmp_path), "train")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "warning: cub train: found 20 images of 2 classes, "
+        "the published split has 5,864 images of 100 classes"
+    ]
+
+
+@pytest.mark.parametrize("name", ["cub", "car", "SOP"])
+def test_missing_data_names_every_path_tried(tmp_path, name):
+    with pytest.raises(UserError) as error:
+        dataset.load(name, tmp_path, "train")
+    folders = {folder for known, _, folder in LAYOUTS if known.lower() == name.lower()}
+    for folder in folders:
+        assert str(tmp_path / folder) in str(error.value)
+
+
+def test_a_list_cannot_lead_out_of_its_folder(tmp_path):
+    make_sop(tmp_path)
+    file = tmp_path / "Stanford_Online_Products" / "Ebay_train.txt"
+    file.write_text(file.read_text() + "9 9 1 ../../secret.jpg\n")
+    with pytest.raises(UserError, match="secret.jpg leaves"):
+        dataset.load("SOP", tmp_path, "train")
+
+
+@pytest.mark.parametrize("mode, suffix", [
+    ("L", "jpg"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("LA", "png"), ("1", "png"),
+])  # fmt: skip
+def test_every_colour_mode_becomes_rgb(tmp_path, mode, suffix):
+    path = tmp_path / f"image.{suffix}"
+    Image.new("RGB", (40, 30), "white").convert(mode).save(path)
+    image = read_image(path)
+    assert image.mode == "RGB" and image.size == (40, 30)
+    assert np.abs(np.asarray(image).astype(int) - 255).max() <= 6
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0 torn"])
+def test_an_unreadable_image_is_named(tmp_path, content):
+    path = tmp_path / "bird.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="bird.jpg"):
+        read_image(path)
+
+
+def test_input_is_bgr_minus_the_mean():
+    pixel = to_input(Image.new("RGB", (2, 3), (10, 20, 30)))
+    assert pixel.shape == (3, 3, 2)
+    assert pixel[:, 0, 0].tolist() == [30 - 104, 20 - 117, 10 - 128]
+
+
+@pytest.mark.parametrize("size, resized", [(224, 256), (64, 73)])
+def test_test_transform_resizes_then_crops_the_centre(size, resized):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
+    left, top = round((round(resized * 4 / 3) - size) / 2), round((resized - size) / 2)
+    small = image.resize((int(resized * 4 / 3), resized), Image.Resampling.BILINEAR)
+    expected = to_input(small.crop((left, top, left + size, top + size)))
+    assert torch.equal(test_transform(size)(image), expected)
+
+
+def test_train_transform_crops_as_torchvision_does_by_default():
+    crop, flip = train_transform(224).transforms[:2]
+    assert (crop.scale, crop.ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))
+    assert InterpolationMode(crop.interpolation) == InterpolationMode.BILINEAR and flip.p == 0.5
+
+
+def epoch_batches(images, epoch, workers=0, **kwargs):
+    loader = train_loader(images, 8, seed=1, workers=workers, device=CPU, **kwargs)
+    loader.batch_sampler.set_epoch(epoch)
+    return list(batches(loader, CPU))
+
+
+@pytest.fixture
+def cub(tmp_path):
+    return dataset.load("cub", make_cub(tmp_path), "train", train_transform(32))
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for x, y in zip(first, second) for a, b in zip(x, y))
+
+
+def test_batches_are_the_same_for_any_number_of_workers(cub):
+    alone = epoch_batches(cub, 3)
+    torch.rand(10)  # what was drawn elsewhere does not matter
+    assert equal(alone, epoch_batches(cub, 3, workers=2))
+    assert not equal(alone, epoch_batches(cub, 4))
+
+
+def test_batches_after_earlier_epochs_are_those_of_a_fresh_loader(cub):
+    loader = train_loader(cub, 8, seed=1, workers=2, device=CPU)
+    for epoch in range(2):
+        loader.batch_sampler.set_epoch(epoch)
+        seen = list(batches(loader, CPU))
+    assert equal(seen, epoch_batches(cub, 1))
+
+
+def test_loading_leaves_the_global_random_state_alone(cub):
+    state = torch.get_rng_state()
+    epoch_batches(cub, 0)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_an_epoch_visits_images_once_and_drops_the_incomplete_batch(cub):
+    loader = train_loader(cub, 8, seed=1, workers=0, device=CPU)
+    drawn = [index for batch in loader.batch_sampler for _, _, index in batch]
+    assert len(loader) == 2 and len(drawn) == len(set(drawn)) == 16
+
+
+def test_balanced_batches_hold_n_images_of_each_of_b_over_n_classes(cub):
+    for _, labels in epoch_batches(cub, 0, images_per_class=4):
+        assert labels.bincount(minlength=2).tolist() == [4, 4]
+
+
+def test_balanced_batches_draw_with_replacement_from_small_classes(tmp_path):
+    images = dataset.load("SOP", make_sop(tmp_path), "train", train_transform(32))
+    ((images, labels), *_) = epoch_batches(images, 0, images_per_class=8)
+    assert len(labels.unique()) == 1 and len(labels) == 8  # the class has five images
+    assert len({image.sum().item() for image in images}) == 8  # each drawing is augmented anew
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_workers_unreadable_image_reaches_the_user_as_a_user_error(cub, workers):
+    Path(cub.paths[3]).write_bytes(b"torn")
+    cub.transform = test_transform(32)
+    with pytest.raises(UserError, match=cub.paths[3]):
+        list(batches(test_loader(cub, 8, workers, CPU), CPU))
+
+
+def test_demo_is_drawn_once_in_cubs_layout_with_disjoint_halves(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "IMAGES_PER_CLASS", 2)
+    train = dataset.load("demo", tmp_path, "train")
+    assert "drawing" in capsys.readouterr().out
+    test = dataset.load("demo", tmp_path, "test")
+    assert capsys.readouterr().out == ""
+    assert train.num_classes == test.num_classes == 12
+    assert not {Path(p).parent for p in train.paths} & {Path(p).parent for p in test.paths}
+    assert all(path.endswith(".jpg") and Image.open(path).format == "JPEG" for path in train.paths)
+
+
+def test_demo_is_the_same_every_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "IMAGES_PER_CLASS", 1)
+    first, second = (dataset.load("demo", tmp_path / name, "train") for name in "ab")
+    assert all(
+        Path(a).read_bytes() == Path(b).read_bytes() for a, b in zip(first.paths, second.paths)
+    )
