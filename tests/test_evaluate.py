@@ -1,0 +1,136 @@
+"""recall_at_k against a brute-force float64 count, and the cases that shortcuts get wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN
+from torch.nn import functional as F
+
+from evaluate import recall_at_k
+
+KS = (1, 2, 4, 8, 100)
+
+
+def brute_force(embeddings, labels, ks, gallery=None, gallery_labels=None):
+    """Item by item, in float64."""
+    itself = gallery is None
+    if itself:
+        gallery, gallery_labels = embeddings, labels
+    # elementwise rather than as a matrix product: equal rows have equal similarities
+    similarity = (embeddings.double()[:, None] * gallery.double()[None]).sum(dim=2)
+    hits = dict.fromkeys(ks, 0)
+    for i, row in enumerate(similarity):
+        matches = [row[j] for j in range(len(row))
+                   if gallery_labels[j] == labels[i] and not (itself and i == j)]  # fmt: skip
+        if matches:
+            ahead = sum(row[j] >= max(matches) for j in range(len(row))
+                        if gallery_labels[j] != labels[i])  # fmt: skip
+            for k in ks:
+                hits[k] += int(ahead < k)
+    return {k: count / len(labels) for k, count in hits.items()}
+
+
+def random_set(n=90, classes=9, d=16, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=rng)
+    centres = torch.randn(classes, d, generator=rng)
+    x = F.normalize(0.5 * centres[labels] + torch.randn(n, d, generator=rng))
+    return x, labels
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 90, 1000, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_agrees_with_brute_force_for_any_chunk_size(chunk_size, dtype):
+    x, labels = random_set()
+    x = x.to(dtype)
+    expected = brute_force(x, labels, KS)
+    assert 0 < expected[1] < expected[8] < 1
+    assert recall_at_k(x, labels, KS, chunk_size=chunk_size) == expected
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 64, None])
+def test_exact_duplicates_across_classes_count_as_ahead(chunk_size):
+    x, labels = random_set(60, d=333)
+    x = torch.cat([x, x[:40], x[:20]])
+    labels = torch.cat([labels, (labels[:40] + 1) % 9, labels[:20]])
+    assert recall_at_k(x, labels, KS, chunk_size=chunk_size) == brute_force(x, labels, KS)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, None])
+def test_a_collapsed_embedding_scores_near_zero(chunk_size):
+    x = F.normalize(torch.ones(60, 333) + torch.arange(333)).contiguous()
+    labels = torch.arange(60) % 6
+    assert recall_at_k(x, labels, (1, 49, 51), chunk_size=chunk_size) == {1: 0, 49: 0, 51: 1}
+
+
+def test_similarities_closer_than_float32_can_tell_are_still_ordered():
+    query = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    angles = torch.tensor([1e-9, 2e-9, 1.0], dtype=torch.float64)
+    gallery = torch.stack([angles.sin().neg() + 1, angles], dim=1)
+    labels = torch.tensor([1, 0, 0])
+    result = recall_at_k(query[None], torch.tensor([0]), (1, 2), gallery, labels)
+    assert result == {1: 0.0, 2: 1.0}
+
+
+def test_agrees_with_pytorch_metric_learning_at_one():
+    x, labels = random_set(200)
+    peer = AccuracyCalculator(
+        include=("precision_at_1",), k=1, knn_func=CustomKNN(CosineSimilarity())
+    )
+    expected = peer.get_accuracy(x, labels)["precision_at_1"]
+    assert recall_at_k(x, labels, (1,))[1] == pytest.approx(expected)
+
+
+def test_singleton_classes_count_as_misses_and_are_reported(capsys):
+    x, labels = random_set(30)
+    labels[:3] = torch.tensor([50, 51, 52])
+    assert recall_at_k(x, labels, KS) == brute_force(x, labels, KS)
+    assert recall_at_k(x, labels, KS)[100] == 27 / 30
+    assert "3 of 30 queries have no match" in capsys.readouterr().err
+
+
+def test_k_above_the_gallery_size_finds_every_match():
+    x, labels = random_set(20, classes=3)
+    assert recall_at_k(x, labels, (10**6,)) == {10**6: 1.0}
+
+
+def test_a_lone_image_is_a_miss():
+    assert recall_at_k(torch.ones(1, 4), torch.tensor([0]), (1, 5)) == {1: 0.0, 5: 0.0}
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8, None])
+def test_query_against_a_gallery_excludes_nothing(chunk_size):
+    x, labels = random_set(80)
+    arguments = x[:30], labels[:30], KS, x[25:], labels[25:]
+    assert recall_at_k(*arguments, chunk_size=chunk_size) == brute_force(*arguments)
+
+
+def test_an_embedding_that_is_not_finite_is_refused_not_scored():
+    x, labels = random_set()
+    x[4, 2] = float("nan")
+    with pytest.raises(ValueError, match="not all finite"):
+        recall_at_k(x, labels, KS)
+
+
+def test_memory_at_sop_size_stays_below_1500_mb():
+    """Peak resident memory in a process of its own; 800 queries walk the same chunks as all."""
+    script = """
+import resource, torch
+from evaluate import recall_at_k
+gallery = torch.nn.functional.normalize(torch.randn(60502, 512))
+labels = torch.arange(60502) // 5
+small = recall_at_k(gallery[:64], labels[:64], (1,), gallery[:64], labels[:64])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+recall_at_k(gallery[:800], labels[:800], (1, 10, 100, 1000), gallery, labels)
+recall_at_k(torch.ones(300, 512), labels[:300], (1,), torch.ones(60502, 512), labels)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1500
