@@ -1,0 +1,492 @@
+"""train.py and evaluate.py from the command line to the files they leave, on real JPEGs."""
+
+import json
+import re
+import shlex
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import train
+import utils
+from net import create_model
+from tests.conftest import make_cars, make_cub, make_sop, write_image
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--epochs 2 --weights none --image-size 64 --batch-size 16"
+TINY = (
+    "--dataset cub --weights none --image-size 32 --batch-size 8 --embedding-size 8 --epochs 2 "
+    "--workers 0 --wandb disabled --disent True --al 1 --be 0.1 --gam 1e-5 "
+)
+DISENT = TINY[TINY.index("--disent") :]
+
+
+def published_commands():
+    """The commands of the README, by data set."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^python train\.py (.*--loss Proxy_Anchor.*--gam.*)$", text, re.M)
+    return {re.search(r"--dataset (\w+)", command)[1]: command for command in commands}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The current folder, so that ./data and ./logs are in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_folder(here):
+    (folder,) = here.glob("logs/logs_*/*")
+    return folder
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def fails(argv, capsys, main=train.main):
+    """The one line that a user error ends in."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        utils.run(lambda: main(shlex.split(argv)))
+    assert end.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "warning:" not in line]
+    assert len(errors) == 1 and "error: " in errors[0]
+    return errors[0]
+
+
+def test_readme_has_the_three_published_commands():
+    common = (
+        "--gpu-id 0 --loss Proxy_Anchor --model bn_inception --embedding-size 512 "
+        "--batch-size 180 --lr "
+    )
+    assert {name: " ".join(command.split()) for name, command in published_commands().items()} == {
+        "cub": common + "1e-4 --dataset cub --warm 1 --bn-freeze 1 --lr-decay-step 10 "
+        "--disent True --al 1.0 --be 0.1 --gam 0.00001",
+        "car": common + "1e-4 --dataset car --warm 1 --bn-freeze 1 --lr-decay-step 20 "
+        "--disent True --al 1.0 --be 0.1 --gam 0.001",
+        "SOP": common + "6e-4 --dataset SOP --warm 1 --bn-freeze 0 --lr-decay-step 20 "
+        "--lr-decay-gamma 0.25 --disent True --al 1.0 --be 1.0 --gam 0.0001",
+    }
+
+
+PUBLISHED = [
+    ("cub", make_cub, "logs_cub", "al1.0_be0.1_gam1e-05_adamw_lr0.0001", (1, 2, 4, 8, 16, 32)),
+    ("car", make_cars, "logs_cars", "al1.0_be0.1_gam0.001_adamw_lr0.0001", (1, 2, 4, 8, 16, 32)),
+    ("SOP", make_sop, "logs_SOP", "al1.0_be1.0_gam0.0001_adamw_lr0.0006", (1, 10, 100, 1000)),
+]
+
+
+@pytest.mark.parametrize("name, make, logs, weights, ks", PUBLISHED)
+def test_published_command_trains_and_its_best_checkpoint_evaluates_to_the_same_recalls(
+    here, capsys, name, make, logs, weights, ks
+):
+    make(here / "data")
+    train.main(shlex.split(f"{published_commands()[name]} {SMALL} --wandb disabled"))
+
+    folder = run_folder(here)
+    assert folder.parent.name == logs
+    assert folder.name == f"bn_inception_Proxy_Anchor_embedding512_{weights}_batch16"
+    prefix = f"{logs.removeprefix('logs_')}_bn_inception"
+    assert {path.name for path in folder.iterdir()} == {
+        f"{prefix}_best.pth", f"{prefix}_last.pth", f"{prefix}_best_results.txt",
+        "args.json", "metrics.jsonl",
+    }  # fmt: skip
+    records = metrics(folder)
+    assert [record["epoch"] for record in records] == [0, 1]
+    for record in records:
+        keys = ["epoch", "loss", *train.TERMS, "lr", "seconds", "images_per_second"]
+        assert list(record) == keys + [f"R@{k}" for k in ks]
+        assert all(isinstance(value, (int, float)) for value in record.values())
+    described = json.loads((folder / "args.json").read_text())
+    assert described["flags"]["gam"] == float(re.search(r"gam([^_]+)", weights)[1])
+    assert {"command", "versions", "device"} < described.keys()
+
+    best = records[0] if records[0]["R@1"] >= records[1]["R@1"] else records[1]
+    results = (folder / f"{prefix}_best_results.txt").read_text()
+    assert f"Best Epoch: {best['epoch']}\nBest Recall@1: {best['R@1']:.4f}\n" in results
+    assert f"Last Epoch: 1\nLast Recall@1: {records[1]['R@1']:.4f}\n" in results
+    assert "chosen on the test set" in results and results in capsys.readouterr().out
+
+    evaluate.main(["--resume", str(folder / f"{prefix}_best.pth"), "--json", "recalls.json"])
+    recalls = {key: best[key] for key in best if key.startswith("R@")}
+    assert json.loads(Path("recalls.json").read_text()) == recalls
+    printed = capsys.readouterr().out
+    for key, value in recalls.items():
+        assert f"\n{key} : {value:.3f}\n" in printed
+
+
+def test_script_starts_as_a_command_and_reports_a_user_error_with_status_2(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--dataset", "cub", "--weights", "none"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: no cub data set under")
+    assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("disent", ["", "--disent False", "--disent no", "--disent 0"])
+def test_without_disent_proxy_anchor_trains_alone_and_evaluates(here, capsys, disent):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY.replace(DISENT, "") + f"{disent} --workers 0 --wandb disabled"))
+    (best,) = run_folder(here).glob("*_best.pth")
+    assert "model.embedding_specific.weight" not in torch.load(best)["model_state_dict"]
+    record = metrics(run_folder(here))[-1]
+    assert record["loss"] == record["metric"] and record["agnostic"] is None
+    evaluate.main(["--resume", str(best), "--workers", "0"])
+    assert "R@1 : " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["True", "true", "1", "yes", "YES", ""])
+def test_disent_values_that_mean_yes(value):
+    assert train.build_parser().parse_args(f"--disent {value}".split()).disent is True
+
+
+@pytest.mark.parametrize("flags", ["", "--bn-freeze 0", "--warm 0", "--IPC 4"])
+def test_a_resumed_run_ends_in_the_same_numbers_as_one_never_interrupted(here, flags):
+    make_cub(here / "data")
+    command = TINY.replace("--epochs 2", "--epochs 3 --lr-decay-step 1") + flags
+    train.main(shlex.split(command + " --LOG_DIR whole"))
+    train.main(shlex.split(command + " --LOG_DIR logs --epochs 1"))
+    train.main(shlex.split(command + " --LOG_DIR logs --workers 2 --resume"))
+    (whole,) = here.glob("whole/*/*")
+    for first, second in zip(metrics(whole), metrics(run_folder(here)), strict=True):
+        for key in set(first) - {"seconds", "images_per_second"}:
+            assert first[key] == second[key], key
+    for name in ("cub_bn_inception_last.pth", "cub_bn_inception_best.pth"):
+        first, second = torch.load(whole / name), torch.load(run_folder(here) / name)
+        for part in ("model_state_dict", "criterion_state_dict"):
+            assert all(torch.equal(first[part][key], second[part][key]) for key in first[part])
+
+
+def test_resume_by_path_takes_the_runs_own_flags(here, capsys):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--epochs 1 --lr 3e-4"))
+    last = run_folder(here) / "cub_bn_inception_last.pth"
+    train.main(shlex.split(f"--resume {last} --epochs 2 --workers 0 --wandb disabled"))
+    assert [record["lr"] for record in metrics(run_folder(here))] == [3e-4, 3e-4]
+    error = fails(f"--resume {last} --epochs 3 --lr 1e-4", capsys)
+    assert "--lr 0.0001" in error and "0.0003" in error
+
+
+def test_resume_of_a_finished_run_says_so_and_changes_nothing(here, capsys):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY))
+    before = {path: path.read_bytes() for path in run_folder(here).iterdir()}
+    assert train.main(shlex.split(TINY + "--resume")) is None
+    assert "is finished: 2 of 2 epochs" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in run_folder(here).iterdir()}
+
+
+def test_resume_before_the_first_epoch_was_finished_starts_there(here):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY))
+    for path in run_folder(here).iterdir():
+        if path.name != "args.json":
+            path.unlink()
+    train.main(shlex.split(TINY + "--resume"))
+    assert len(metrics(run_folder(here))) == 2
+
+
+def test_overwrite_starts_anew_in_the_same_folder(here):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY))
+    train.main(shlex.split(TINY + "--epochs 1 --overwrite"))
+    assert len(metrics(run_folder(here))) == 1
+
+
+def published_checkpoint(path, change=lambda state: None, **kwargs):
+    state = create_model("bn_inception", 512, disent=True, **kwargs).state_dict()
+    change(state)
+    torch.save({"model_state_dict": state}, path)
+    return path
+
+
+def test_a_published_checkpoint_evaluates(here, capsys):
+    make_cub(here / "data")
+    path = published_checkpoint(here / "published.pth")
+    evaluate.main(shlex.split(f"--resume {path} --dataset cub --image-size 64 --workers 0"))
+    assert re.search(r"^R@32 : \d+\.\d{3}$", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize("kind, key, change", [
+    ("missing", "model.conv2_3x3.bias", lambda state: state.pop("model.conv2_3x3.bias")),
+    ("unexpected", "model.extra", lambda state: state.update({"model.extra": torch.ones(1)})),
+    ("misshapen", "model.conv2_3x3.bias",
+     lambda state: state.update({"model.conv2_3x3.bias": torch.ones(3)})),
+])  # fmt: skip
+def test_a_checkpoint_with_a_wrong_key_is_refused_by_name(here, capsys, kind, key, change):
+    path = published_checkpoint(here / "published.pth", change)
+    assert f"{kind} {key}" in fails(f"--resume {path}", capsys, evaluate.main)
+
+
+def test_a_published_checkpoint_starts_a_run_by_weights_but_is_not_resumed(here, capsys):
+    make_cub(here / "data")
+    path = published_checkpoint(here / "published.pth")
+    assert f"--weights {path}" in fails(f"--resume {path}", capsys)
+    train.main(shlex.split(TINY + f"--weights {path} --embedding-size 512 --epochs 1"))
+    assert len(metrics(run_folder(here))) == 1
+
+
+def break_image(here):
+    (here / "data/CUB_200_2011/images/001.Bird_0/Bird_0003.jpg").write_bytes(b"torn")
+
+
+def write_junk(here):
+    (here / "junk.pth").write_bytes(b"junk")
+    (here / "junk").write_bytes(b"junk")
+
+
+BAD = [
+    # flags                          the line has                                     before
+    ("--batch-size 21",              "--batch-size 21: larger than the 20 training",  None),
+    ("--dataset birds",              "--dataset birds: unknown data set",             None),
+    ("--model resnet50",             "--model: invalid choice: 'resnet50'",           None),
+    ("--loss Triplet",               "--loss: invalid choice: 'Triplet'",             None),
+    ("--optimizer lamb",             "--optimizer: invalid choice: 'lamb'",           None),
+    ("--data-root nowhere",          "tried nowhere/CUB_200_2011/images, nowhere/cub/images", None),
+    ("--disent maybe",               "--disent: invalid boolean value: 'maybe'",      None),
+    ("--lr fast",                    "--lr: invalid number",                          None),
+    ("--lr nan",                     "--lr: invalid number",                          None),
+    ("--lr -1",                      "--lr: invalid number",                          None),
+    ("--epochs 0",                   "--epochs: invalid number",                      None),
+    ("--image-size 100",             "--image-size: 100 is not a multiple of 32",     None),
+    ("--IPC 3",                      "--IPC 3",                                       None),
+    ("--IPC 2",                      "--IPC 2",                                       None),
+    ("--batch 8",                    "unrecognized arguments: --batch 8",             None),
+    ("--remark a/b",                 "--remark a/b",                                  None),
+    ("--gpu-id -2",                  "--gpu-id: invalid number",                      None),
+    ("--weights nowhere.pth",        "nowhere.pth: no such checkpoint",               None),
+    ("--weights junk.pth",           "junk.pth: not a checkpoint",                    write_junk),
+    ("--weights imagenet",           "--weights imagenet: not in",                    None),
+    ("--resume",                     "--resume: there is no run in",                  None),
+    ("--resume nowhere.pth",         "nowhere.pth: no such checkpoint",               None),
+    ("--resume junk.pth",            "junk.pth: not a checkpoint",                    write_junk),
+    ("--resume --overwrite",         "--resume continues a run and --overwrite",      None),
+    ("--wandb online",               "--wandb online: no account",                    None),
+    ("",                             "Bird_0003.jpg: not an image",                   break_image),
+    ("--workers 2",                  "Bird_0003.jpg: not an image",                   break_image),
+    ("--LOG_DIR junk",               "junk/logs_cub",                                 write_junk),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, line, before", BAD)
+def test_what_a_user_can_get_wrong_ends_in_one_line(here, capsys, flags, line, before):
+    make_cub(here / "data")
+    if before:
+        before(here)
+    assert line in fails(TINY + flags, capsys)
+
+
+def test_a_run_folder_in_use_is_left_alone(here, capsys):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY))
+    before = {path: path.read_bytes() for path in run_folder(here).iterdir()}
+    error = fails(TINY, capsys)
+    assert str(run_folder(here).relative_to(here)) in error
+    assert "--resume" in error and "--overwrite" in error
+    assert before == {path: path.read_bytes() for path in run_folder(here).iterdir()}
+
+
+def test_a_seed_and_a_remark_name_the_folder(here):
+    args = train.build_parser().parse_args(["--seed", "7", "--remark", "_try"])
+    assert train.run_folder_path(args).name.endswith("_lr0.0001_batch180_seed7_try")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(here, capsys):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--epochs 1"))
+    last = run_folder(here) / "cub_bn_inception_last.pth"
+    checkpoint = torch.load(last)
+    checkpoint["model_state_dict"]["model.embedding.bias"][0] = float("nan")
+    torch.save(checkpoint, last)
+    before = last.read_bytes()
+    assert "epoch 1: the loss is nan" in fails(TINY + "--resume", capsys)
+    assert last.read_bytes() == before and len(metrics(run_folder(here))) == 1
+
+
+# --- the recipe -----------------------------------------------------------------------------
+
+
+def recipe(flags=""):
+    args = train.build_parser().parse_args(shlex.split(TINY + flags))
+    model = create_model("bn_inception", 8, disent=args.disent)
+    criterion = train.build_criterion(args, 2)
+    return args, model, criterion
+
+
+@pytest.mark.parametrize("disent", ["True", "False"])
+def test_parameter_groups_are_ordered_disjoint_and_complete(disent):
+    args, model, criterion = recipe(f"--disent {disent} --lr 0.01")
+    groups = train.parameter_groups(model, criterion, args.lr)
+    assert [group["lr"] for group in groups] == [0.01, 0.01, 1.0]
+    listed = [p for group in groups for p in group["params"]]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {*model.parameters(), *criterion.parameters()}
+    names = {p: name for name, p in model.named_parameters()}
+    assert all("embedding" in names[p] for p in groups[1]["params"])
+    assert not any("embedding" in names[p] for p in groups[0]["params"])
+    assert [p.shape for p in groups[2]["params"]] == [(2, 8)]
+
+
+@pytest.mark.parametrize("optimizer, kind, settings", [
+    ("adamw", torch.optim.AdamW, {}),
+    ("adam", torch.optim.Adam, {}),
+    ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    ("rmsprop", torch.optim.RMSprop, {"momentum": 0.9, "alpha": 0.9}),
+])  # fmt: skip
+def test_optimizers_have_the_published_settings(optimizer, kind, settings):
+    args, model, criterion = recipe(f"--optimizer {optimizer} --weight-decay 0.5")
+    built, _ = train.build_optimizer(args, model, criterion)
+    assert type(built) is kind
+    for group in built.param_groups:
+        assert {name: group[name] for name in settings} == settings and group["weight_decay"] == 0.5
+
+
+def trainable(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_warm_up_trains_heads_alone_and_then_everything_even_frozen_batchnorm():
+    _, model, _ = recipe()
+    train.prepare_epoch(model, epoch=0, warm=1, bn_freeze=True)
+    assert trainable(model) == {name for name, _ in model.named_parameters() if "embedding" in name}
+    train.prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
+    assert trainable(model) == {name for name, _ in model.named_parameters()}
+
+
+def test_without_warm_up_frozen_batchnorm_keeps_its_weights_too():
+    _, model, _ = recipe()
+    train.prepare_epoch(model, epoch=3, warm=0, bn_freeze=True)
+    frozen = {name for name, _ in model.named_parameters() if "_bn." in name}
+    assert trainable(model) == {name for name, _ in model.named_parameters()} - frozen
+
+
+@pytest.mark.parametrize("bn_freeze", [True, False])
+def test_running_statistics_move_only_when_not_frozen(bn_freeze):
+    args, model, criterion = recipe()
+    optimizer, _ = train.build_optimizer(args, model, criterion)
+    before = model.model.conv1_7x7_s2_bn.running_mean.clone()
+    model.eval()
+    train.prepare_epoch(model, epoch=1, warm=1, bn_freeze=bn_freeze)
+    train.train_step(model, criterion, optimizer, torch.randn(4, 3, 32, 32), torch.arange(4) % 2)
+    assert torch.equal(before, model.model.conv1_7x7_s2_bn.running_mean) == bn_freeze
+
+
+def test_gradients_are_clipped_by_value_on_network_and_proxies(monkeypatch):
+    args, model, criterion = recipe("--optimizer sgd")
+    optimizer, _ = train.build_optimizer(args, model, criterion)
+    seen = []
+    monkeypatch.setattr(optimizer, "step", lambda: seen.extend(
+        p.grad.abs().max().item() for g in optimizer.param_groups for p in g["params"]
+        if p.grad is not None))  # fmt: skip
+    criterion.metric_loss.alpha = 1e6
+    train.prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
+    train.train_step(model, criterion, optimizer, torch.randn(4, 3, 32, 32), torch.arange(4) % 2)
+    assert max(seen) == 10
+
+
+# --- wandb ----------------------------------------------------------------------------------
+
+
+def read_offline_run(folder):
+    """The records of an offline run's file: LevelDB's log format after wandb's 7-byte header."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    data, at, parts, records = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # a block's padding
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a full record, or the last part of one
+            records.append(Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def test_an_offline_wandb_run_holds_the_project_every_flag_and_every_epochs_numbers(here):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY.replace("--wandb disabled", "--wandb auto")))
+    folder = run_folder(here)
+    records = read_offline_run(folder)
+    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert run.project == "cub_DDML+PA"
+    flags = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert flags.items() >= json.loads((folder / "args.json").read_text())["flags"].items()
+    assert flags["al"] == 1 and flags["batch_size"] == 8 and flags["lr_decay_gamma"] == 0.5
+
+    history = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in r.history.item}
+        for r in records
+        if r.WhichOneof("record_type") == "history"
+    ]
+    for row, record in zip(history, metrics(folder), strict=True):
+        assert row["_step"] == record["epoch"]
+        assert row["loss"] == record["loss"]
+        for k in (1, 2, 4, 8, 16, 32):
+            assert row[f"R@{k}"] == pytest.approx(record[f"R@{k}"] / 100)
+
+
+def test_wandb_disabled_imports_nothing(tmp_path):
+    make_cub(tmp_path / "data")
+    script = "import sys, train\ntrain.main(sys.argv[1:])\nassert 'wandb' not in sys.modules"
+    command = [sys.executable, "-c", script, *shlex.split(TINY + "--epochs 1")]
+    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_wandb_is_online_only_with_an_account(monkeypatch, tmp_path):
+    assert train.wandb_mode("auto") == "offline"
+    (tmp_path / "no_netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert train.wandb_mode("auto") == train.wandb_mode("online") == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert train.wandb_mode("auto") == "disabled"
+
+
+# --- a GPU, where there is one --------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_step_on_cuda_equals_the_step_on_the_cpu_and_never_synchronises():
+    losses = []
+    images, labels = torch.randn(4, 3, 64, 64), torch.arange(4) % 2
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        torch.manual_seed(0)
+        args, model, criterion = recipe()
+        model.to(device), criterion.to(device)
+        optimizer, _ = train.build_optimizer(args, model, criterion)
+        train.prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
+        inputs = images.to(device), labels.to(device)
+        train.train_step(model, criterion, optimizer, *inputs, torch.zeros(2, 4, 8, device=device))
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            noise = train.loss_noise(1, 0, 0, (4, 8), device)
+            values = train.train_step(model, criterion, optimizer, *inputs, noise)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        losses.append(values["loss"].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # convolutions in TF32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_training_on_cuda_leaves_a_checkpoint_that_evaluates_on_any_device(here, capsys):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--gpu-id 0 --workers 2"))
+    evaluate.main(["--resume", str(next(run_folder(here).glob("*_best.pth")))])
+    assert "R@1 : " in capsys.readouterr().out
+
+
+def test_an_image_added_to_the_wrong_place_is_not_read(here):
+    """Stray files beside the class folders belong to no class."""
+    make_cub(here / "data")
+    write_image(here / "data/CUB_200_2011/images/cover.jpg", seed=0)
+    train.main(shlex.split(TINY + "--epochs 1"))
+    assert len(metrics(run_folder(here))) == 1
