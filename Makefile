@@ -2,12 +2,13 @@ PYTHON ?= python3
 DEMO = --dataset demo --disent True --al 1.0 --be 0.1 --gam 0.00001 --weights none \
 	--image-size 64 --batch-size 32 --embedding-size 64 --epochs 12 --lr 1e-3 --lr-decay-step 8 --warm 0 \
 	--bn-freeze 0 --workers 2 --wandb disabled
+DEMO_RUN = logs/logs_demo/bn_inception_Proxy_Anchor_embedding64_al1.0_be0.1_gam1e-05_adamw_lr0.001_batch32
 
 .PHONY: demo test install
 
 demo: install  ## draw a small data set, train on it for about two minutes, evaluate
 	.venv/bin/python train.py $(DEMO) --overwrite
-	.venv/bin/python evaluate.py --resume logs/logs_demo/*_lr0.001_batch32/demo_bn_inception_last.pth
+	.venv/bin/python evaluate.py --resume $(DEMO_RUN)/demo_bn_inception_last.pth
 
 test: install  ## the whole test suite: no network, no GPU, about five minutes on two cores
 	.venv/bin/python -m pytest

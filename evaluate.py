@@ -18,6 +18,7 @@ from utils import (
     choose_device,
     given_flags,
     image_size,
+    parse_stored,
     plural,
     progress,
     read_checkpoint,
@@ -43,8 +44,11 @@ def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk
     if not (embeddings.isfinite().all() and gallery.isfinite().all()):
         raise ValueError("recall_at_k: the embeddings are not all finite")
     chunk_size = chunk_size or max(1, 2**24 // len(gallery))
-    norms = embeddings.norm(dim=1).max() * gallery.norm(dim=1).max()
-    slack = 8 * math.sqrt(embeddings.shape[1]) * norms.double()  # x precision: rounding of a dot
+    longest = [
+        torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).max() for x in (embeddings, gallery)
+    ]
+    # times the precision, more than a dot product's rounding comes to
+    slack = 8 * math.sqrt(embeddings.shape[1]) * longest[0] * longest[1]
 
     ahead = []  # per query: non-matching items at least as similar as its best match
     for start in range(0, len(embeddings), chunk_size):
@@ -88,7 +92,10 @@ def evaluate(model, loader, device, ks):
         for images, targets in progress(batches(loader, device), len(loader), "evaluating"):
             embeddings.append(model.embed(images))
             labels.append(targets)
-    return recall_at_k(torch.cat(embeddings), torch.cat(labels), ks)
+    embeddings = torch.cat(embeddings)
+    if not embeddings.isfinite().all():
+        raise UserError("the network's embeddings are not all finite: its weights are of no use")
+    return recall_at_k(embeddings, torch.cat(labels), ks)
 
 
 def describe(name, images):
@@ -126,20 +133,24 @@ def resolve_flags(parser, argv):
     if not isinstance(state, dict):
         raise UserError(f"{args.resume}: not a checkpoint: it has no model_state_dict")
     disent = "model.embedding_specific.weight" in state
-    rows = state["model.embedding.weight"].shape[0] if "model.embedding.weight" in state else 0
-    if rows:
-        args.embedding_size = rows // 2 if disent else rows
+    shape = getattr(state.get("model.embedding.weight"), "shape", ())
+    if len(shape) == 2:
+        args.embedding_size = shape[0] // 2 if disent else shape[0]
     theirs = checkpoint.get("args", {})
-    for flag in set(vars(args)) - {"resume", "json", "gpu_id", "workers", "remark"}:
-        if flag in theirs:
-            setattr(args, flag, theirs[flag])
-    for flag, value in given.items():
+    if not isinstance(theirs, dict):
+        raise UserError(f"{args.resume}: its stored flags are no dictionary")
+    kept = set(vars(args)) - {"resume", "json", "gpu_id", "workers", "remark"}
+    theirs = {flag: theirs[flag] for flag in kept & theirs.keys()}
+    stored = parse_stored(parser, theirs, args.resume, required=["--resume", args.resume])
+    for flag, value in {**{flag: getattr(stored, flag) for flag in theirs}, **given}.items():
         setattr(args, flag, value)
     return args, state, disent
 
 
 def main(argv=None):
     args, state, disent = resolve_flags(build_parser(), argv)
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
+        raise UserError(f"--json {args.json}: not a file's path in a folder that exists")
     device = choose_device(args.gpu_id)
     model = create_model(args.model, args.embedding_size, disent, args.l2_norm)
     load_strictly(model, state, args.resume)

@@ -3,22 +3,13 @@
 The flags are the published script's; README.md has its three commands.
 """
 
-import contextlib
-import json
 import math
-import netrc
 import os
-import platform
-import secrets
-import shlex
-import sys
 import time
-from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
 from torch import nn
-from torch.nn.utils import clip_grad_value_
+from torch.nn.utils import clip_grad_value_, get_total_norm
 
 import dataset
 from dataset.loader import batches, test_loader, train_loader
@@ -27,7 +18,18 @@ from evaluate import describe, evaluate
 from losses import DDML, ProxyAnchor
 from net import MODELS, create_model
 from net.weights import load_strictly
+from runs import (
+    Stop,
+    describe_process,
+    open_run,
+    recalls_of,
+    restore,
+    summary,
+    track,
+    wandb_mode,
+)
 from utils import (
+    Interrupted,
     Parser,
     UserError,
     at_least,
@@ -37,20 +39,15 @@ from utils import (
     given_flags,
     image_size,
     progress,
-    read_checkpoint,
     run,
     warn,
-    write_atomically,
-    write_json,
-    write_text,
 )
 
 TERMS = ("metric", "agnostic", "specific", "split")
 CLIP_VALUE = 10
 PROXY_LR_FACTOR = 100
 NOISE = 2  # stream of random numbers, beside the loader's
-# Flags that may differ when a run is continued: they do not change what is computed.
-FREE_ON_RESUME = {"epochs", "workers", "gpu_id", "data_root", "LOG_DIR", "wandb", "resume"}
+FETCH_EVERY = 50  # steps between two looks at the losses, each of which waits for the device
 
 
 def build_parser():
@@ -89,6 +86,8 @@ def build_parser():
     add("--bn-freeze", default=True, type=boolean, help="keep BatchNorm's running statistics")
     add("--seed", default=1, type=at_least(0))
     add("--gpu-id", default=0, type=at_least(-1), help="-1: all GPUs (not supported yet)")
+    add("--deterministic", default=False, const=True, nargs="?", type=boolean,
+        help="the same bits each time on CUDA too, at some cost in speed")  # fmt: skip
 
     add = parser.add_argument_group("run").add_argument
     add("--LOG_DIR", default="./logs", help="run folders are made in here")  # differs: ../logs
@@ -96,6 +95,8 @@ def build_parser():
     add("--resume", nargs="?", const="", metavar="PATH",
         help="continue the run of these flags, or of this checkpoint")  # fmt: skip
     add("--overwrite", action="store_true", help="start anew where the run folder holds a run")
+    add("--checkpoint-every", type=at_least(1), metavar="N",
+        help="save every N steps too, not at the end of epochs alone")  # fmt: skip
     add("--wandb", default="auto", choices=["auto", "online", "offline", "disabled"],
         help="auto: online when logged in, else offline")  # fmt: skip
     return parser
@@ -157,7 +158,8 @@ def prepare_epoch(model, epoch, warm, bn_freeze):
 
 
 def train_step(model, criterion, optimizer, images, labels, noise=None):
-    """One step; returns {"loss" and each term: detached scalar on the device}."""
+    """One step; returns {"loss", each term, "gradient" (its largest entry): detached scalar on the
+    device}. Where the loss or the gradient is not finite, the gradient is made zero."""
     output = model(images)
     if model.disent:
         loss, terms = criterion(*output, labels, noise)
@@ -166,10 +168,43 @@ def train_step(model, criterion, optimizer, images, labels, noise=None):
         terms = {"metric": loss}
     optimizer.zero_grad()
     loss.backward()
+    gradients = [
+        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
+    largest = get_total_norm(gradients, math.inf)
+    unusable = ~(loss + largest).isfinite()
+    for gradient in gradients:
+        gradient.masked_fill_(unusable, 0)  # decided on the device: nobody waits for it
     clip_grad_value_(model.parameters(), CLIP_VALUE)
     clip_grad_value_(criterion.parameters(), CLIP_VALUE)
     optimizer.step()
-    return {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
+    values = {"loss": loss, **terms, "gradient": largest}
+    return {name: value.detach() for name, value in values.items()}
+
+
+class StepLog:
+    """How far an epoch has come. Losses stay on the device until `fetch` waits for it."""
+
+    def __init__(self, epoch, step=0, totals=None, seconds=0.0):
+        self.epoch, self.step, self.totals, self.seconds = epoch, step, totals or {}, seconds
+        self.pending = []
+
+    def add(self, values):
+        self.pending.append(values)
+        self.step += 1
+
+    def fetch(self):
+        """Add up what is pending. Raises FloatingPointError where a value is not finite."""
+        if not self.pending:
+            return
+        names = list(self.pending[0])
+        rows = torch.stack([torch.stack(list(row.values())).double() for row in self.pending])
+        first, self.pending = self.step - len(rows), []
+        for step, row in enumerate(rows.tolist(), start=first):
+            for name, value in zip(names, row):
+                if not math.isfinite(value):
+                    raise FloatingPointError(step, name)
+                self.totals[name] = self.totals.get(name, 0.0) + value
 
 
 def loss_noise(seed, epoch, step, shape, device):
@@ -180,198 +215,110 @@ def loss_noise(seed, epoch, step, shape, device):
     return noise.to(device, non_blocking=True)
 
 
-def train_epoch(model, criterion, optimizer, loader, device, epoch, seed):
-    """{"loss" and each term: mean over the epoch's steps}. The device is waited for once."""
-    loader.batch_sampler.set_epoch(epoch)
-    totals = {}
-    steps = progress(batches(loader, device), len(loader), f"epoch {epoch}")
-    for step, (images, labels) in enumerate(steps):
+def train_epoch(training, loader, log, after_step):
+    """The steps of an epoch from `log.step` on; `after_step()` follows each of them."""
+    model, device, seed = training.model, training.device, training.args.seed
+    loader.batch_sampler.set_epoch(log.epoch, log.step)
+    steps = progress(batches(loader, device), len(loader), f"epoch {log.epoch}")
+    for images, labels in steps:
         noise = None
         if model.disent:
-            noise = loss_noise(seed, epoch, step, (len(labels), model.embedding_size), device)
-        values = train_step(model, criterion, optimizer, images, labels, noise)
-        totals = {name: totals.get(name, 0) + value.double() for name, value in values.items()}
-    means = (torch.stack(list(totals.values())) / len(loader)).tolist()
-    return dict(zip(totals, means))
-
-
-# --- the run folder -------------------------------------------------------------------------
-
-
-class RunFolder:
-    """Where a run's files are; every file is replaced whole, never written in place."""
-
-    def __init__(self, folder, args):
-        self.folder = Path(folder)
-        name = f"{args.dataset}_{args.model}"
-        self.best = self.folder / f"{name}_best.pth"
-        self.last = self.folder / f"{name}_last.pth"
-        self.results = self.folder / f"{name}_best_results.txt"
-        self.metrics = self.folder / "metrics.jsonl"
-        self.args = self.folder / "args.json"
-        self.files = [self.args, self.metrics, self.results, self.best, self.last]
-
-    def in_use(self):
-        return any(file.exists() for file in self.files)
-
-    def write_metrics(self, history):
-        write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in history))
-
-    def write_epoch(self, checkpoint):
-        """Save an epoch; the checkpoint that --resume reads comes last, so that an interrupted
-        save is an epoch that never happened."""
-        history = checkpoint["history"]
-        if best_record(history) is history[-1]:
-            write_atomically(self.best, lambda file: torch.save(checkpoint, file))
-        write_text(self.results, summary(history))
-        self.write_metrics(history)
-        write_atomically(self.last, lambda file: torch.save(checkpoint, file))
-
-
-def run_folder_path(args):
-    seed = "" if args.seed == 1 else f"_seed{args.seed}"
-    name = (
-        f"{args.model}_{args.loss}_embedding{args.embedding_size}"
-        f"_al{args.al}_be{args.be}_gam{args.gam}_{args.optimizer}_lr{args.lr}"
-        f"_batch{args.batch_size}{seed}{args.remark}"
-    )
-    return Path(args.LOG_DIR, f"logs_{args.dataset}", name)
-
-
-def best_record(history):
-    """The first epoch with the greatest R@1."""
-    return max(history, key=lambda record: record["R@1"])
-
-
-def recalls_of(record):
-    return {key: value for key, value in record.items() if key.startswith("R@")}
-
-
-def summary(history):
-    """The published script's result file, with the last epoch beside the best."""
-    lines = []
-    for title, record in (("Best", best_record(history)), ("Last", history[-1])):
-        lines.append(f"{title} Epoch: {record['epoch']}")
-        for key, value in recalls_of(record).items():
-            lines.append(f"{title} {key.replace('R@', 'Recall@')}: {value:.4f}")
-    # differs: the script gives the best epoch alone, and does not say how it was chosen
-    lines.append("The best epoch is chosen on the test set, the last one is not.")
-    return "\n".join(lines) + "\n"
-
-
-def open_run(args, given):
-    """(flags, RunFolder, checkpoint or None): where to write, and what to continue from."""
-    if "/" in args.remark:
-        raise UserError(f"--remark {args.remark}: it ends a folder's name and cannot hold a /")
-    if args.resume is None:
-        run_folder = RunFolder(run_folder_path(args), args)
-        # differs: the script silently loads an old best checkpoint from the folder
-        if run_folder.in_use() and not args.overwrite:
-            raise UserError(
-                f"{run_folder.folder} already holds a run: continue it with --resume, replace it "
-                "with --overwrite, or name another with --remark"
-            )
-        return args, run_folder, None
-    if args.overwrite:
-        raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
-    if args.resume:
-        checkpoint = read_checkpoint(args.resume)
-        merge_flags(args, given, checkpoint, args.resume)
-        run_folder = RunFolder(Path(args.resume).parent, args)
-        if "LOG_DIR" in given and run_folder_path(args).resolve() != run_folder.folder.resolve():
-            raise UserError(
-                f"--LOG_DIR {args.LOG_DIR}: --resume {args.resume} continues in the checkpoint's "
-                "own folder; leave --LOG_DIR out"
-            )
-        return args, run_folder, checkpoint
-    run_folder = RunFolder(run_folder_path(args), args)
-    if not run_folder.in_use():
-        raise UserError(f"--resume: there is no run in {run_folder.folder} to continue")
-    if not run_folder.last.exists():
-        print(f"no epoch of {run_folder.folder} was finished: starting at epoch 0")
-        return args, run_folder, None
-    checkpoint = read_checkpoint(run_folder.last)
-    merge_flags(args, given, checkpoint, run_folder.last)
-    return args, run_folder, checkpoint
-
-
-def merge_flags(args, given, checkpoint, path):
-    """Continue with the flags that the run was started with."""
-    needed = {"model_state_dict", "criterion_state_dict", "optimizer_state_dict",
-              "scheduler_state_dict", "epoch", "args", "history"}  # fmt: skip
-    if needed - checkpoint.keys():
-        raise UserError(
-            f"--resume {path}: this checkpoint cannot be continued, it lacks "
-            f"{', '.join(sorted(needed - checkpoint.keys()))}; to start a run from its network use "
-            f"--weights {path}"
+            shape = (len(labels), model.embedding_size)
+            noise = loss_noise(seed, log.epoch, log.step, shape, device)
+        log.add(
+            train_step(model, training.criterion, training.optimizer, images, labels, noise)
         )
-    for name, value in checkpoint["args"].items():
-        if name not in given:
-            setattr(args, name, value)
-        elif name not in FREE_ON_RESUME and given[name] != value:
+        after_step()
+
+
+class Training:
+    """What an epoch changes and a checkpoint holds."""
+
+    def __init__(self, args, num_classes, device, weights):
+        torch.manual_seed(args.seed)
+        self.args, self.device, self.history = args, device, []
+        self.model = create_model(
+            args.model, args.embedding_size, args.disent, args.l2_norm, weights
+        ).to(device)
+        self.criterion = build_criterion(args, num_classes).to(device)
+        self.optimizer, self.scheduler = build_optimizer(args, self.model, self.criterion)
+
+    def state(self, log=None):
+        """A checkpoint: of a finished epoch, or with `log` of the one that it has begun."""
+        partial = log and {"step": log.step, "totals": log.totals, "seconds": log.seconds}
+        return {
+            "model_state_dict": self.model.state_dict(),  # differs: the script saves this alone
+            "criterion_state_dict": self.criterion.state_dict(),
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "scheduler_state_dict": self.scheduler.state_dict(),
+            "epoch": log.epoch if log else len(self.history) - 1,
+            "partial": partial,
+            "seed": self.args.seed,
+            "args": vars(self.args),
+            "history": self.history,
+        }
+
+    def load(self, checkpoint, path):
+        load_strictly(self.model, checkpoint["model_state_dict"], path)
+        load_strictly(self.criterion, checkpoint["criterion_state_dict"], path)
+        restore(self.optimizer, self.scheduler, checkpoint, path)
+        self.history = checkpoint["history"]
+
+
+def run_epoch(training, trains, tests, log, run_folder, stop):
+    """Train what is left of an epoch, evaluate, save. A signal interrupts the first two: what is
+    done is saved before Interrupted goes on."""
+    args, started = training.args, time.perf_counter() - log.seconds
+    resumed_at = log.step
+
+    def fetch():
+        try:
+            log.fetch()
+        except FloatingPointError as error:
+            step, term = error.args
+            files = ", ".join(trains.batch_sampler.files(log.epoch, step))
             raise UserError(
-                f"--{name.replace('_', '-')} {given[name]}: the run of {path} was started with "
-                f"{value}; leave the flag out, or start another run"
-            )
+                f"epoch {log.epoch}, step {step}: the {term} is not finite; it was neither "
+                f"applied nor saved, and the last checkpoint is good. A smaller --lr may help. "
+                f"Files of the batch: {files}"
+            ) from error
 
+    def save():
+        fetch()
+        log.seconds = time.perf_counter() - started
+        run_folder.save(training.state(log))
 
-def describe_process(argv, device):
-    """What it takes to state this run again: the command, the versions, the machine."""
-    argv = sys.argv[1:] if argv is None else argv
-    cuda = device.type == "cuda"
-    return {
-        "command": shlex.join(["python", "train.py", *argv]),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: sys.modules[name].__version__ for name in ("torch", "torchvision", "numpy")},
-        },
-        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})",
-    }
+    def after_step():
+        stop.check()
+        if args.checkpoint_every and log.step % args.checkpoint_every == 0:
+            save()
+        elif log.step % FETCH_EVERY == 0:
+            fetch()
 
-
-# --- wandb ----------------------------------------------------------------------------------
-
-
-def wandb_mode(requested):
-    """`auto` is online with an account and offline without one; nobody is ever asked for a key
-    (differs: the script wants an account)."""
-    if requested == "auto":
-        return os.environ.get("WANDB_MODE") or ("online" if has_wandb_account() else "offline")
-    if requested == "online" and not has_wandb_account():
-        raise UserError(
-            "--wandb online: no account on this machine; run `wandb login`, set WANDB_API_KEY, "
-            "or use --wandb offline"
-        )
-    return requested
-
-
-def has_wandb_account():
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    prepare_epoch(training.model, log.epoch, args.warm, args.bn_freeze)
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def start_wandb(args, mode, folder, run_id, resumed):
-    """A wandb run as a context manager; with mode `disabled`, None, and wandb is not imported."""
-    if mode == "disabled":
-        return contextlib.nullcontext()
-    import wandb
-
-    settings = {
-        "project": f"{args.dataset}_DDML+PA", "name": folder.name, "dir": str(folder),
-        "config": vars(args), "id": run_id, "resume": "allow" if resumed else None,
-    }  # fmt: skip
-    try:
-        return wandb.init(mode=mode, **settings)
-    except wandb.errors.Error as error:
-        if args.wandb == "online":
-            raise UserError(f"--wandb online: {error}; use --wandb offline") from error
-        warn(f"wandb is not reachable, logging offline ({error})")
-        return wandb.init(mode="offline", **settings)
+        with stop.deferred():
+            train_epoch(training, trains, log, after_step)
+            fetch()
+        trained = time.perf_counter() - started - log.seconds
+        recalls = evaluate(training.model, tests, training.device, dataset.ks(args.dataset))
+    except Interrupted:
+        save()
+        raise
+    with stop.deferred():
+        record = {
+            "epoch": log.epoch,
+            **{name: log.totals[name] / len(trains) if name in log.totals else None
+               for name in ("loss", *TERMS)},
+            "lr": training.scheduler.get_last_lr()[0],
+            "seconds": time.perf_counter() - started,
+            "images_per_second": (log.step - resumed_at) * args.batch_size / trained,
+            **{f"R@{k}": 100 * recall for k, recall in recalls.items()},
+        }  # fmt: skip
+        training.history.append(record)
+        training.scheduler.step()
+        run_folder.save_epoch(training.state())
+    return record
 
 
 # --- the program ----------------------------------------------------------------------------
@@ -399,95 +346,54 @@ def load_images(args):
 
 
 def main(argv=None):
-    args, given = given_flags(build_parser(), argv)
-    args, run_folder, checkpoint = open_run(args, given)
-    first_epoch = checkpoint["epoch"] + 1 if checkpoint else 0
-    history = checkpoint["history"] if checkpoint else []
-    if first_epoch >= args.epochs:
-        print(f"{run_folder.folder} is finished: {first_epoch} of {args.epochs} epochs are done")
-        print(summary(history), end="")
+    parser = build_parser()
+    args, given = given_flags(parser, argv)
+    args, run_folder, checkpoint = open_run(parser, args, given)
+    done = len(checkpoint["history"]) if checkpoint else 0
+    if done >= args.epochs:
+        print(f"{run_folder.folder} is finished: {done} of {args.epochs} epochs are done")
+        print(summary(checkpoint["history"]), end="")
         return
     if not args.disent and args.al + args.be + args.gam > 0:
         warn("--al, --be and --gam weigh nothing without --disent True: training the plain loss")
     mode = wandb_mode(args.wandb)
     device = choose_device(args.gpu_id)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True, warn_only=True)
     train, test = load_images(args)
 
-    torch.manual_seed(args.seed)
-    weights = None if checkpoint else args.weights
-    model = create_model(args.model, args.embedding_size, args.disent, args.l2_norm, weights)
-    model.to(device)
-    criterion = build_criterion(args, train.num_classes).to(device)
-    optimizer, scheduler = build_optimizer(args, model, criterion)
+    training = Training(args, train.num_classes, device, None if checkpoint else args.weights)
+    log = StepLog(done)
     if checkpoint:
-        load_strictly(model, checkpoint["model_state_dict"], run_folder.last)
-        load_strictly(criterion, checkpoint["criterion_state_dict"], run_folder.last)
-        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-        scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
-
+        training.load(checkpoint, args.resume or run_folder.folder)
+        log = StepLog(done, **(checkpoint["partial"] or {}))
     batching = {"workers": args.workers, "device": device}
     trains = train_loader(train, args.batch_size, args.seed, images_per_class=args.IPC, **batching)
     tests = test_loader(test, args.batch_size, **batching)
-    ks = dataset.ks(args.dataset)
 
-    run_id = start_folder(run_folder, args, describe_process(argv, device), history)
-    with start_wandb(args, mode, run_folder.folder, run_id, resumed=first_epoch > 0) as tracker:
-        for epoch in range(first_epoch, args.epochs):
-            start = time.perf_counter()
-            prepare_epoch(model, epoch, args.warm, args.bn_freeze)
-            losses = train_epoch(model, criterion, optimizer, trains, device, epoch, args.seed)
-            if not math.isfinite(losses["loss"]):
-                raise UserError(
-                    f"epoch {epoch}: the loss is {losses['loss']}, this epoch is not saved; a "
-                    "smaller --lr or another --seed may help"
-                )
-            images_per_second = len(trains) * args.batch_size / (time.perf_counter() - start)
-            lr = scheduler.get_last_lr()[0]
-            scheduler.step()
-            recalls = evaluate(model, tests, device, ks)
-            history.append({
-                "epoch": epoch,
-                "loss": losses["loss"],
-                **{term: losses.get(term) for term in TERMS},
-                "lr": lr,
-                "seconds": time.perf_counter() - start,
-                "images_per_second": images_per_second,
-                **{f"R@{k}": 100 * recall for k, recall in recalls.items()},
-            })  # fmt: skip
-            run_folder.write_epoch({
-                "model_state_dict": model.state_dict(),  # differs: the script saves this alone
-                "criterion_state_dict": criterion.state_dict(),
-                "optimizer_state_dict": optimizer.state_dict(),
-                "scheduler_state_dict": scheduler.state_dict(),
-                "epoch": epoch,
-                "seed": args.seed,
-                "args": vars(args),
-                "history": history,
-            })  # fmt: skip
-            print_epoch(history[-1])
-            if tracker:
-                fractions = {f"R@{k}": recall for k, recall in recalls.items()}
-                tracker.log({"loss": losses["loss"], **fractions}, step=epoch)
-    print(summary(history), end="")
+    record = run_folder.claim(args, new=args.resume is None)
+    run_id = record.get("wandb_id")
+    with track(args, mode, run_folder.folder, run_id) as wandb_run, Stop() as stop:
+        process = describe_process(argv, device)
+        record = {**process, "flags": vars(args), "resumed": [], **record}
+        if args.resume is not None:
+            record["resumed"].append(process)
+        record["wandb_id"] = wandb_run.id if wandb_run else run_id
+        run_folder.start(record, training.history if checkpoint else None)
+        try:
+            while log.epoch < args.epochs:
+                record = run_epoch(training, trains, tests, log, run_folder, stop)
+                print_epoch(record)
+                if wandb_run:
+                    fractions = {key: value / 100 for key, value in recalls_of(record).items()}
+                    wandb_run.log({"loss": record["loss"], **fractions}, step=log.epoch)
+                log = StepLog(log.epoch + 1)
+        except Interrupted as interrupted:
+            interrupted.note = f"continue with: python train.py --resume {run_folder.last}"
+            raise
+    print(summary(training.history), end="")
     print(f"run folder: {run_folder.folder}")
-
-
-def start_folder(run_folder, args, process, history):
-    """Make the folder ready to be written to; returns the wandb run's id, one for a whole run."""
-    try:
-        run_folder.folder.mkdir(parents=True, exist_ok=True)
-        if history:
-            record = json.loads(run_folder.args.read_text())
-            record["resumed"] = [*record.get("resumed", []), process]
-        else:
-            for file in run_folder.files:
-                file.unlink(missing_ok=True)
-            record = {**process, "flags": vars(args), "wandb_id": secrets.token_hex(4)}
-    except OSError as error:
-        raise UserError(f"{run_folder.folder}: {error.strerror or error}") from error
-    write_json(run_folder.args, record)
-    run_folder.write_metrics(history)
-    return record["wandb_id"]
 
 
 def print_epoch(record):

@@ -30,13 +30,23 @@ def load(name, root, split, transform=None):
     name = canonical_name(name)
     if split not in ("train", "test"):
         raise ValueError(f"split must be train or test, not {split}")
-    images = ImageSet(DATASETS[name].read(root, split), transform)
-    found = (len(images), images.num_classes)
-    published = getattr(DATASETS[name], "PUBLISHED", {}).get(split, found)
-    if found != published:
-        expected = f"{plural(published[0], 'image')} of {plural(published[1], 'class')}"
-        warn(
-            f"{name} {split}: found {plural(found[0], 'image')} of {plural(found[1], 'class')}, "
-            f"the published split has {expected}"
-        )
+    try:
+        images = ImageSet(*DATASETS[name].read(root, split), transform)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+    difference = unlike_published(name, split, images)
+    if difference:
+        warn(difference)
     return images
+
+
+def unlike_published(name, split, images):
+    """A line that says how the counts differ from the published split's, or None."""
+    found = (len(images), images.num_classes)
+    published = getattr(DATASETS[canonical_name(name)], "PUBLISHED", {}).get(split, found)
+    if found == published:
+        return None
+    return (
+        f"{name} {split}: found {plural(found[0], 'image')} of {plural(found[1], 'class')}, the "
+        f"published split has {plural(published[0], 'image')} of {plural(published[1], 'class')}"
+    )

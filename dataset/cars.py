@@ -9,50 +9,59 @@ KS = (1, 2, 4, 8, 16, 32)
 PUBLISHED = {"train": (8054, 98), "test": (8131, 98)}  # images, classes
 
 FOLDERS = (".", "car", "cars196")
-LAYOUTS = ("cars_annos.mat", "devkit", "car_data/car_data/train", "car_data/train")
+TRAIN_LIST, TEST_LIST = "cars_train_annos.mat", "cars_test_annos_withlabels.mat"
+LAYOUTS = ("cars_annos.mat", f"devkit/{TRAIN_LIST}", "car_data/car_data/train", "car_data/train")
 
 
 def read(root, split):
-    """[(path, label)]; the classes of the whole set in order, the first half of them trains,
-    whichever half of the files their photographer put them in."""
+    """([(path, label)], [missing path]); the classes of the whole set in order, the first half of
+    them trains, whichever half of the files their photographer put them in."""
     candidates = [f"{folder}/{layout}" for folder in FOLDERS for layout in LAYOUTS]
     found = first_existing(root, candidates, "cars")
     if found.name == "cars_annos.mat":
-        items = read_annotations(found)
-    elif found.name == "devkit":
-        items = read_devkit(found)
+        items, missing = read_annotations(found)
+    elif found.name == TRAIN_LIST:
+        items, missing = read_devkit(found.parent)
     else:
-        items = class_folders(found)
+        items, missing = class_folders(found), []
         if (found.parent / "test").is_dir():
             items += class_folders(found.parent / "test")
-    return half_of_classes(items, split, found)
+    return half_of_classes(items, split, found), missing
 
 
 def read_annotations(file):
     """cars_annos.mat: the path is field 0, the 1-based class field 5; paths are beside it."""
-    annotations = load_mat(file)
-    path, label = annotations.dtype.names[0], annotations.dtype.names[5]
-    items = [(str(row[path].item()), int(row[label].item())) for row in annotations]
-    return on_disk(file.parent, items, file)
+
+    def items(annotations):
+        path, label = annotations.dtype.names[0], annotations.dtype.names[5]
+        return [(str(row[path].item()), int(row[label].item())) for row in annotations]
+
+    return on_disk(file.parent, load_mat(file, items), file)
 
 
 def read_devkit(folder):
     """The later dev-kit: named fields, one file for each of cars_train/ and cars_test/."""
-    items = []
+    found, missing = [], []
     for images, name in (
-        ("cars_train", "cars_train_annos.mat"),
-        ("cars_test", "cars_test_annos_withlabels.mat"),
+        ("cars_train", TRAIN_LIST),
+        ("cars_test", TEST_LIST),
     ):
         file = first_existing(folder, (name, f"../{name}"), "cars dev-kit")
-        listed = [
-            (f"{images}/{row['fname'].item()}", int(row["class"].item())) for row in load_mat(file)
-        ]
-        items += on_disk(folder.parent, listed, file)
-    return items
+
+        def items(annotations, images=images):
+            return [(f"{images}/{row['fname'].item()}", int(row["class"].item()))
+                    for row in annotations]  # fmt: skip
+
+        there, absent = on_disk(folder.parent, load_mat(file, items), file)
+        found, missing = found + there, missing + absent
+    return found, missing
 
 
-def load_mat(file):
+def load_mat(file, items):
+    """What `items` makes of a .mat file's `annotations`."""
     try:
-        return loadmat(file)["annotations"].ravel()
+        return items(loadmat(file)["annotations"].ravel())
     except Exception as error:  # scipy fails in many ways on a damaged file
-        raise UserError(f"{file}: not a MATLAB file with `annotations` ({error})") from error
+        raise UserError(
+            f"{file}: not a MATLAB file with the `annotations` of Cars ({error})"
+        ) from error

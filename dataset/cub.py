@@ -7,6 +7,6 @@ PUBLISHED = {"train": (5864, 100), "test": (5924, 100)}  # images, classes
 
 
 def read(root, split):
-    """[(path, label)]; classes by sorted folder name, the first half of them trains."""
+    """([(path, label)], []); classes by sorted folder name, the first half of them trains."""
     folder = first_existing(root, ("CUB_200_2011/images", "cub/images"), "cub")
-    return half_of_classes(class_folders(folder), split, folder)
+    return half_of_classes(class_folders(folder), split, folder), []

@@ -21,11 +21,11 @@ CANVAS = 128  # shapes and textures are drawn larger, then turned and scaled dow
 
 
 def read(root, split):
-    """[(path, label)]; the images are drawn first if they are not there yet."""
+    """([(path, label)], []); the images are drawn first if they are not there yet."""
     folder = Path(root, "demo", "images")
     if not folder.exists():
         generate(folder)
-    return half_of_classes(class_folders(folder), split, folder)
+    return half_of_classes(class_folders(folder), split, folder), []
 
 
 def generate(folder, seed=0):
@@ -43,7 +43,11 @@ def generate(folder, seed=0):
                 draw_image(rng, SHAPES[shape], TEXTURES[texture]).save(
                     subfolder / f"{shape}_{texture}_{index:04d}.jpg", quality=90
                 )
-        unfinished.rename(folder)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process has drawn the same images meanwhile
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

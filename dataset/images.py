@@ -1,6 +1,7 @@
 """What every data set shares: the images of one split, and finding them on disk."""
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,11 +15,12 @@ from utils import UserError
 class ImageSet(Dataset):
     """`paths` and `labels` [N] of one split; item i is (RGB image after `transform`, label).
 
-    Training labels are 0 .. num_classes - 1, so that they index the proxies.
+    Training labels are 0 .. num_classes - 1, so that they index the proxies. `missing` has the
+    paths that a list names and the disk does not have.
     """
 
-    def __init__(self, items, transform=None):
-        self.paths = [path for path, _ in items]
+    def __init__(self, items, missing=(), transform=None):
+        self.paths, self.missing = [path for path, _ in items], list(missing)
         self.labels = torch.tensor([label for _, label in items])
         self.num_classes = len(self.labels.unique())
         self.transform = transform
@@ -34,17 +36,22 @@ class ImageSet(Dataset):
 def read_image(path):
     """Any image file as RGB: grayscale, palette, RGBA and CMYK are converted."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.mode[0] in "IF":
+                    raise ValueError(f"its pixels are of more than 8 bits, mode {image.mode}")
+                return image.convert("RGB")
     except Exception as error:  # decoders fail in many ways, all of them the file's
         raise UserError(f"{path}: not an image that can be read ({error})") from error
 
 
 def first_existing(root, candidates, name):
-    """The first of `candidates` (paths under `root`) that exists; a UserError names them all."""
+    """The first of `candidates` (paths under `root`) that is a file, or a folder of folders; a
+    UserError names them all."""
     tried = [Path(root, candidate) for candidate in candidates]
     for path in tried:
-        if path.exists():
+        if path.is_file() or path.is_dir() and any(child.is_dir() for child in path.iterdir()):
             return path
     raise UserError(
         f"no {name} data set under --data-root {root}: tried {', '.join(map(str, tried))}"
@@ -63,9 +70,9 @@ def class_folders(folder):
 
 
 def on_disk(folder, items, list_file):
-    """[(path, class)] of a list's items (path relative to `folder`, class) whose file exists."""
+    """A list's items (path relative to `folder`, class) as ([(path, class)], [missing path])."""
     listings = {}  # one listing per folder is far cheaper than a stat per file on network disks
-    found = []
+    found, missing = [], []
     for relative, label in items:
         if os.path.isabs(relative) or ".." in Path(relative).parts:
             raise UserError(f"{list_file}: the path {relative} leaves the data set's folder")
@@ -75,9 +82,11 @@ def on_disk(folder, items, list_file):
             listings[parent] = set(os.listdir(parent)) if os.path.isdir(parent) else set()
         if name in listings[parent]:
             found.append((path, label))
+        else:
+            missing.append(path)
     if not found:
         raise UserError(f"none of the files that {list_file} lists is in {folder}")
-    return found
+    return found, missing
 
 
 def half_of_classes(items, split, source):

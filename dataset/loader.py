@@ -1,8 +1,10 @@
-"""Batches whose content depends on (seed, epoch, position in the epoch) alone: never on the
+"""Batches whose content depends on (seed, epoch, index of the sample) alone: never on the
 number of workers, on their state, or on where a run was interrupted (differs: the script draws
 from the state of workers and process)."""
 
+import signal
 import warnings
+from collections import Counter
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -16,33 +18,46 @@ warnings.filterwarnings("ignore", message="This DataLoader will create .* worker
 
 
 class EpochBatches(Sampler):
-    """Batches of (epoch, position, index) for the epoch last given to `set_epoch`.
+    """Batches of (epoch, index, occurrence) for the epoch last given to `set_epoch`.
 
     A random permutation with the last incomplete batch dropped; with `images_per_class` n, each
     batch instead holds n images, drawn with replacement, of each of batch_size / n classes.
     """
 
-    def __init__(self, labels, batch_size, seed, images_per_class=None):
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
-        self.num_images, self.images_per_class = len(labels), images_per_class
+    def __init__(self, images, batch_size, seed, images_per_class=None):
+        self.batch_size, self.seed = batch_size, seed
+        self.epoch = self.first_step = 0
+        self.paths, self.images_per_class = images.paths, images_per_class
         if images_per_class:
-            self.members = [torch.nonzero(labels == c).flatten() for c in labels.unique()]
+            classes = images.labels.unique()
+            self.members = [torch.nonzero(images.labels == c).flatten() for c in classes]
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def set_epoch(self, epoch, first_step=0):
+        """What to iterate over next: an epoch, or the rest of one from `first_step` on."""
+        self.epoch, self.first_step = epoch, first_step
 
     def __len__(self):
-        return self.num_images // self.batch_size
+        """Steps of a whole epoch."""
+        return len(self.paths) // self.batch_size
 
     def __iter__(self):
         order = self.balanced_order() if self.images_per_class else self.shuffled_order()
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            stop = start + self.batch_size
-            yield [(self.epoch, p, i) for p, i in zip(range(start, stop), order[start:stop])]
+        seen = Counter()
+        keys = []
+        for index in order[: len(self) * self.batch_size]:
+            keys.append((self.epoch, index, seen[index]))
+            seen[index] += 1
+        for step in range(self.first_step, len(self)):
+            yield keys[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def files(self, epoch, step):
+        """Paths of the images of one batch."""
+        self.set_epoch(epoch, step)
+        return [self.paths[index] for _, index, _ in next(iter(self))]
 
     def shuffled_order(self):
         return torch.randperm(
-            self.num_images, generator=generator(self.seed, ORDER, self.epoch)
+            len(self.paths), generator=generator(self.seed, ORDER, self.epoch)
         ).tolist()
 
     def balanced_order(self):
@@ -59,18 +74,17 @@ class EpochBatches(Sampler):
 
 
 class SeededImages(Dataset):
-    """`images` under keys (epoch, position, index); the position seeds the augmentation, so that
-    an image drawn twice in an epoch is augmented twice."""
+    """`images` under keys (epoch, index, occurrence), which seed the augmentation. An image drawn
+    again in an epoch, as balanced batches do, is another occurrence and augmented anew."""
 
     def __init__(self, images, seed):
         self.images, self.seed = images, seed
 
     def __getitem__(self, key):
-        epoch, position, index = key
         with torch.random.fork_rng(devices=[]):
-            key = generator(self.seed, AUGMENTATION, epoch, position).initial_seed()
-            torch.default_generator.manual_seed(key)  # where torchvision draws from
-            return self.images[index]
+            seed = generator(self.seed, AUGMENTATION, *key).initial_seed()
+            torch.default_generator.manual_seed(seed)  # where torchvision draws from
+            return self.images[key[1]]
 
 
 class CatchUserErrors(Dataset):
@@ -94,12 +108,20 @@ def collate(items):
     return error or default_collate(items)
 
 
+def leave_signals_to_the_trainer(worker):
+    """Ctrl-C and a scheduler's SIGTERM reach the workers too, and the death of one would break off
+    the step under way. So they live on, for as long as a step may take."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+
+
 def make_loader(images, workers, device, **batching):
     return DataLoader(
         CatchUserErrors(images),
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=leave_signals_to_the_trainer,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else each epoch draws from the global state
         **batching,
@@ -108,7 +130,7 @@ def make_loader(images, workers, device, **batching):
 
 def train_loader(images, batch_size, seed, workers, device, images_per_class=None):
     """Seeded, augmented batches; call `loader.batch_sampler.set_epoch` before each epoch."""
-    batches = EpochBatches(images.labels, batch_size, seed, images_per_class)
+    batches = EpochBatches(images, batch_size, seed, images_per_class)
     return make_loader(SeededImages(images, seed), workers, device, batch_sampler=batches)
 
 
@@ -118,8 +140,21 @@ def test_loader(images, batch_size, workers, device):
 
 
 def batches(loader, device):
-    """(images [B, 3, H, W], labels [B]) on `device`; a UserError met by a worker is raised here."""
-    for batch in loader:
+    """(images [B, 3, H, W], labels [B]) on `device`; a UserError met by a worker is raised here,
+    and so is the death of a worker."""
+    loaded = iter(loader)
+    while True:
+        try:
+            batch = next(loaded, None)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a process that loads images died, perhaps for lack of memory; use fewer "
+                f"--workers ({str(error).splitlines()[0]})"
+            ) from error
+        if batch is None:
+            return
         if isinstance(batch, UserError):
             # A new one: raising `batch` itself would make a cycle with this frame, and the loader
             # in it would be collected in an order in which its workers are not told to stop.

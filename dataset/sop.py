@@ -8,19 +8,20 @@ PUBLISHED = {"train": (59551, 11318), "test": (60502, 11316)}  # images, classes
 
 
 def read(root, split):
-    """[(path, label)] in the list's order. Test labels are the list's, counted from 0."""
+    """([(path, label)], [missing path]) in the list's order. Test labels are the list's, counted
+    from 0."""
     file = f"Ebay_{split}.txt"
     file = first_existing(root, (f"Stanford_Online_Products/{file}", f"sop/{file}"), "SOP")
     try:
         rows = [line.split() for line in file.read_text().splitlines()[1:] if line.strip()]
         items = [(path, int(class_id) - 1) for _, class_id, _, path in rows]
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{file}: each line after the header must be `image_id class_id super_class_id path` "
             f"({error})"
         ) from error
-    items = on_disk(file.parent, items, file)
+    items, missing = on_disk(file.parent, items, file)
     if split == "test":
-        return items
+        return items, missing
     classes = {label: index for index, label in enumerate(sorted({label for _, label in items}))}
-    return [(path, classes[label]) for path, label in items]
+    return [(path, classes[label]) for path, label in items], missing

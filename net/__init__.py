@@ -1,5 +1,6 @@
 """The embedding network: a backbone, its pooling and the one or two linear heads."""
 
+import torch
 from torch import nn
 
 from net.bn_inception import BNInception
@@ -10,7 +11,8 @@ MODELS = {"bn_inception": BNInception}
 
 def l2_normalize(x):
     """Rows of unit length, x / sqrt(sum x^2 + 1e-12); a zero row stays zero."""
-    return x / (x.square().sum(dim=-1, keepdim=True) + 1e-12).sqrt()
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # 1e-12 is 0 in half
+    return (wide / (wide.square().sum(dim=-1, keepdim=True) + 1e-12).sqrt()).to(x.dtype)
 
 
 class EmbeddingNet(nn.Module):

@@ -21,10 +21,10 @@ def download_imagenet():
         "or train from random weights with --weights none"
     )
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(CONNECT_SECONDS)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             # torch.hub compares the file's SHA-256 with as long a prefix as it is given: all of it
             torch.hub.download_url_to_file(IMAGENET_URL, str(path), hash_prefix=IMAGENET_SHA256)
         except (OSError, RuntimeError) as error:
@@ -59,7 +59,8 @@ def from_imagenet(file, expected):
     state = {}
     for name, tensor in file.items():
         name = f"model.{name}"
-        if name in expected and tensor.shape == (1, *expected[name].shape):
+        shape = getattr(tensor, "shape", None)
+        if name in expected and shape == (1, *expected[name].shape):
             tensor = tensor.squeeze(0)
         state[name] = tensor
     for name, tensor in expected.items():
@@ -88,7 +89,10 @@ def load_strictly(model, state, path):
     listed = [f"{kind} {_some(keys)}" for kind, keys in problems.items() if keys]
     if listed:
         raise UserError(f"{path}: not the weights of this network: {'; '.join(listed)}")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:  # sparse, quantised or empty shells of tensors
+        raise UserError(f"{path}: tensors that cannot be loaded ({error})") from error
 
 
 def _some(keys, most=20):

@@ -1,5 +1,7 @@
-"""Small data sets of real JPEG files in the layouts they are distributed in."""
+"""Small data sets of real JPEG files in the layouts they are distributed in, and small runs."""
 
+import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,18 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+import train
+import utils
+
 torch.set_num_threads(2)
 
 PER_CLASS = 10
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "--dataset cub --weights none --image-size 32 --batch-size 8 --embedding-size 8 --epochs 2 "
+    "--workers 0 --wandb disabled --disent True --al 1 --be 0.1 --gam 1e-5 "
+)
+DISENT = TINY[TINY.index("--disent") :]
 
 
 def write_image(path, seed, mode="RGB"):
@@ -108,3 +119,30 @@ def no_account_no_network(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The current folder, so that ./data and ./logs are in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_folder(here):
+    (folder,) = here.glob("logs/logs_*/*")
+    return folder
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def fails(argv, capsys, main=train.main):
+    """The one line that a user error ends in."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        utils.run(lambda: main(shlex.split(argv)))
+    assert end.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "warning:" not in line]
+    assert len(errors) == 1 and "error: " in errors[0]
+    return errors[0]

@@ -11,7 +11,7 @@ from torchvision.transforms import InterpolationMode
 import dataset
 from dataset import demo
 from dataset.images import read_image
-from dataset.loader import batches, test_loader, train_loader
+from dataset.loader import SeededImages, batches, test_loader, train_loader
 from dataset.transforms import test_transform, to_input, train_transform
 from tests.conftest import (
     PER_CLASS,
@@ -20,6 +20,7 @@ from tests.conftest import (
     make_cars_folders,
     make_cub,
     make_sop,
+    write_image,
 )
 from utils import UserError
 
@@ -64,6 +65,19 @@ def test_cub_classes_are_sorted_folders_and_mac_leftovers_are_skipped(tmp_path):
         "002.Bird_1",
     ]
     assert not any("._" in path for path in train.paths)
+
+
+def test_files_beside_the_class_folders_belong_to_no_class(tmp_path):
+    write_image(make_cub(tmp_path) / "CUB_200_2011/images/cover.jpg", seed=0)
+    assert len(dataset.load("cub", tmp_path, "train")) == 2 * PER_CLASS
+
+
+def test_files_of_a_class_are_in_order_of_name(tmp_path, monkeypatch):
+    make_cub(tmp_path)
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: reversed(sorted(listed(path))))
+    paths = dataset.load("cub", tmp_path, "train").paths
+    assert paths == sorted(paths)
 
 
 def test_cars_keep_the_order_of_the_file_and_use_its_class_field(tmp_path):
@@ -195,8 +209,45 @@ def test_loading_leaves_the_global_random_state_alone(cub):
 
 def test_an_epoch_visits_images_once_and_drops_the_incomplete_batch(cub):
     loader = train_loader(cub, 8, seed=1, workers=0, device=CPU)
-    drawn = [index for batch in loader.batch_sampler for _, _, index in batch]
+    drawn = [index for batch in loader.batch_sampler for _, index, _ in batch]
     assert len(loader) == 2 and len(drawn) == len(set(drawn)) == 16
+
+
+def order_of(images, epoch=0, seed=1, **kwargs):
+    loader = train_loader(images, 8, seed, workers=0, device=CPU, **kwargs)
+    loader.batch_sampler.set_epoch(epoch)
+    return [index for batch in loader.batch_sampler for _, index, _ in batch]
+
+
+@pytest.mark.parametrize("images_per_class", [None, 4])
+def test_order_changes_with_the_epoch_and_with_the_seed(cub, images_per_class):
+    orders = [
+        order_of(cub, epoch, seed, images_per_class=images_per_class)
+        for epoch in (0, 1) for seed in (1, 2)
+    ]  # fmt: skip
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_augmentation_changes_with_the_epoch_the_seed_and_the_image_alone(cub):
+    def augmented(seed, epoch, index, occurrence=0):
+        return SeededImages(cub, seed)[epoch, index, occurrence][0]
+
+    assert torch.equal(augmented(1, 2, 3), augmented(1, 2, 3))
+    for other in ((2, 2, 3), (1, 3, 3), (1, 2, 3, 1)):
+        assert not torch.equal(augmented(1, 2, 3), augmented(*other))
+
+
+def test_the_rest_of_an_epoch_is_what_the_whole_one_ends_in(cub):
+    loader = train_loader(cub, 4, seed=1, workers=0, device=CPU, images_per_class=2)
+    loader.batch_sampler.set_epoch(3)
+    whole = list(batches(loader, CPU))
+    loader.batch_sampler.set_epoch(3, first_step=2)
+    assert equal(whole[2:], list(batches(loader, CPU))) and len(whole) == 5
+
+
+def test_files_are_those_of_the_batch(cub):
+    sampler = train_loader(cub, 8, seed=1, workers=0, device=CPU).batch_sampler
+    assert sampler.files(2, 1) == [cub.paths[index] for index in order_of(cub, 2)[8:]]
 
 
 def test_balanced_batches_hold_n_images_of_each_of_b_over_n_classes(cub):

@@ -11,7 +11,8 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 from torch.nn import functional as F
 
-from evaluate import recall_at_k
+from dataset.images import ImageSet
+from evaluate import describe, recall_at_k
 
 KS = (1, 2, 4, 8, 100)
 
@@ -75,6 +76,21 @@ def test_similarities_closer_than_float32_can_tell_are_still_ordered():
     labels = torch.tensor([1, 0, 0])
     result = recall_at_k(query[None], torch.tensor([0]), (1, 2), gallery, labels)
     assert result == {1: 0.0, 2: 1.0}
+    result = recall_at_k(query[None], torch.tensor([1]), (1, 2), gallery, labels)
+    assert result == {1: 1.0, 2: 1.0}
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_an_almost_collapsed_embedding_of_any_length_is_counted_exactly(scale):
+    """Differences far below what a float32 product of 4,096 terms resolves."""
+    noise, labels = random_set(60, d=4096)
+    x = scale * F.normalize(1 + 1e-4 * noise)
+    assert recall_at_k(x, labels, KS) == brute_force(x, labels, KS)
+
+
+def test_chance_is_the_recall_of_a_random_order():
+    images = ImageSet([("a", 0), ("b", 0), ("c", 0), ("d", 1)])
+    assert "4 images of 2 classes (R@1 by chance: 50.0 %)" in describe("x", images)
 
 
 def test_agrees_with_pytorch_metric_learning_at_one():

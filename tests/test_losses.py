@@ -71,7 +71,10 @@ def test_noise_is_drawn_agnostic_first_when_none_is_given():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_inputs_give_a_float32_loss_without_overflow(dtype):
     head, head_specific, labels = batch(dtype)
-    loss, _ = make_ddml()(head * 300, head_specific * 300, labels)
+    criterion = make_ddml().to(dtype)
+    loss, _ = criterion(head * 300, head_specific * 300, labels)
+    anchor = criterion.metric_loss(head[:, :D] * 300, labels)
+    assert anchor.dtype == torch.float32 and anchor.isfinite()
     loss.backward()
     assert loss.dtype == torch.float32 and loss.isfinite()
     assert head.grad.isfinite().all() and head_specific.grad.isfinite().all()

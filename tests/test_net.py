@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from net import create_model, weights
+from net import create_model, l2_normalize, weights
 from utils import UserError
 
 D = 8
@@ -50,6 +50,13 @@ def test_without_l2_norm_the_specific_head_reads_the_same_vector(disent):
     torch.testing.assert_close(head_specific, plain.model.embedding_specific(head))
     torch.testing.assert_close(disent(IMAGES)[0], head / head.norm(dim=1, keepdim=True))
     torch.testing.assert_close(plain.embed(IMAGES), disent.embed(IMAGES))
+
+
+@pytest.mark.parametrize("value, norm", [(0.0, 0.0), (10.0, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rows_of_any_precision_are_normalised_without_overflow(dtype, value, norm):
+    x = l2_normalize(torch.full((1, 1024), value, dtype=dtype))
+    assert x.dtype == dtype and x.float().norm().item() == pytest.approx(norm, rel=1e-2)
 
 
 def test_heads_start_kaiming_normal_with_zero_bias():

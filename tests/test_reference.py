@@ -22,6 +22,10 @@ TRAJECTORIES |= {path.name for path in FOLDER.glob("trajectory_*.npz")}
 FILES = ["losses.npz", "bn_inception.npz", *sorted(TRAJECTORIES)]
 
 
+def test_the_reference_folder_has_something_to_check():
+    assert any((FOLDER / name).exists() for name in FILES), f"nothing to check in {FOLDER}"
+
+
 class Reference:
     """One .npz file; remembers what was read, so that no stored number goes unchecked."""
 
@@ -115,15 +119,18 @@ def compare_network(reference):
         model.eval()
         # float64 has no rounding of its own and so tells small values apart
         for dtype in (torch.float32, torch.float64):
-            compare_network_case(reference, case, model.to(dtype), dtype)
+            compare_network_case(reference, case, model.to(dtype), dtype, salt)
 
 
 @torch.no_grad()
-def compare_network_case(reference, case, model, dtype):
+def compare_network_case(reference, case, model, dtype, salt):
     images = reference.read(f"{case}/image", dtype)
+    with np.load(HERE / "bn_inception.npz") as ours:
+        # how much float32 has rounded is known for these images, and not for other ones
+        known = f"{case}/image" in ours and np.array_equal(ours[f"{case}/image"], images)
     features = model.model.features(images)
     output = model(images)
-    exact = dtype == torch.float64
+    exact = dtype == torch.float64 and known and salt == 0
     reference.compare(f"{case}/feature_hw", torch.tensor(features.shape[2:]), 0, 0)
     for name, ours in (
         ("feature_mean", features.mean(dim=(2, 3))),
@@ -205,6 +212,7 @@ def test_every_stored_number_is_reproduced(computed, name):
         assert not wrong.any(), f"{name} {key}: {wrong.sum()} values differ, by up to {worst}"
 
 
+@pytest.mark.skipif(FOLDER != HERE, reason="how sensitive the test is, is shown on tests/reference")
 @pytest.mark.parametrize("factor", [0.99, 1.01])
 @pytest.mark.parametrize("name", FILES)
 def test_a_stored_number_that_is_off_by_one_percent_would_be_found(computed, name, factor):

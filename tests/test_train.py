@@ -7,23 +7,27 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlparse
 
 import pytest
 import torch
 
 import evaluate
+import runs
 import train
-import utils
 from net import create_model
-from tests.conftest import make_cars, make_cub, make_sop, write_image
-
-ROOT = Path(__file__).parent.parent
-SMALL = "--epochs 2 --weights none --image-size 64 --batch-size 16"
-TINY = (
-    "--dataset cub --weights none --image-size 32 --batch-size 8 --embedding-size 8 --epochs 2 "
-    "--workers 0 --wandb disabled --disent True --al 1 --be 0.1 --gam 1e-5 "
+from tests.conftest import (
+    ROOT,
+    TINY,
+    fails,
+    make_cars,
+    make_cub,
+    make_sop,
+    metrics,
+    run_folder,
 )
-DISENT = TINY[TINY.index("--disent") :]
+
+SMALL = "--epochs 2 --weights none --image-size 64 --batch-size 16"
 
 
 def published_commands():
@@ -31,33 +35,6 @@ def published_commands():
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^python train\.py (.*--loss Proxy_Anchor.*--gam.*)$", text, re.M)
     return {re.search(r"--dataset (\w+)", command)[1]: command for command in commands}
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """The current folder, so that ./data and ./logs are in it."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run_folder(here):
-    (folder,) = here.glob("logs/logs_*/*")
-    return folder
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def fails(argv, capsys, main=train.main):
-    """The one line that a user error ends in."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        utils.run(lambda: main(shlex.split(argv)))
-    assert end.value.code == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if "warning:" not in line]
-    assert len(errors) == 1 and "error: " in errors[0]
-    return errors[0]
 
 
 def test_readme_has_the_three_published_commands():
@@ -94,8 +71,8 @@ def test_published_command_trains_and_its_best_checkpoint_evaluates_to_the_same_
     assert folder.name == f"bn_inception_Proxy_Anchor_embedding512_{weights}_batch16"
     prefix = f"{logs.removeprefix('logs_')}_bn_inception"
     assert {path.name for path in folder.iterdir()} == {
-        f"{prefix}_best.pth", f"{prefix}_last.pth", f"{prefix}_best_results.txt",
-        "args.json", "metrics.jsonl",
+        f"{prefix}_best.pth", f"{prefix}_last.pth", f"{prefix}_previous.pth",
+        f"{prefix}_best_results.txt", "args.json", "metrics.jsonl", ".lock",
     }  # fmt: skip
     records = metrics(folder)
     assert [record["epoch"] for record in records] == [0, 1]
@@ -129,16 +106,20 @@ def test_script_starts_as_a_command_and_reports_a_user_error_with_status_2(tmp_p
     assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("disent", ["", "--disent False", "--disent no", "--disent 0"])
-def test_without_disent_proxy_anchor_trains_alone_and_evaluates(here, capsys, disent):
+def test_without_disent_proxy_anchor_trains_alone_and_evaluates(here, capsys):
     make_cub(here / "data")
-    train.main(shlex.split(TINY.replace(DISENT, "") + f"{disent} --workers 0 --wandb disabled"))
+    train.main(shlex.split(TINY + "--disent False"))
     (best,) = run_folder(here).glob("*_best.pth")
     assert "model.embedding_specific.weight" not in torch.load(best)["model_state_dict"]
     record = metrics(run_folder(here))[-1]
     assert record["loss"] == record["metric"] and record["agnostic"] is None
     evaluate.main(["--resume", str(best), "--workers", "0"])
     assert "R@1 : " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["", "--disent False", "--disent no", "--disent 0"])
+def test_disent_values_that_mean_no(flags):
+    assert train.build_parser().parse_args(flags.split()).disent is False
 
 
 @pytest.mark.parametrize("value", ["True", "true", "1", "yes", "YES", ""])
@@ -213,15 +194,14 @@ def test_a_published_checkpoint_evaluates(here, capsys):
     assert re.search(r"^R@32 : \d+\.\d{3}$", capsys.readouterr().out, re.M)
 
 
-@pytest.mark.parametrize("kind, key, change", [
-    ("missing", "model.conv2_3x3.bias", lambda state: state.pop("model.conv2_3x3.bias")),
-    ("unexpected", "model.extra", lambda state: state.update({"model.extra": torch.ones(1)})),
-    ("misshapen", "model.conv2_3x3.bias",
-     lambda state: state.update({"model.conv2_3x3.bias": torch.ones(3)})),
-])  # fmt: skip
-def test_a_checkpoint_with_a_wrong_key_is_refused_by_name(here, capsys, kind, key, change):
+def test_a_checkpoint_with_wrong_keys_is_refused_by_name(here, capsys):
+    def change(state):
+        del state["model.conv2_3x3.bias"]
+        state["model.extra"] = torch.ones(1)
+
     path = published_checkpoint(here / "published.pth", change)
-    assert f"{kind} {key}" in fails(f"--resume {path}", capsys, evaluate.main)
+    error = fails(f"--resume {path}", capsys, evaluate.main)
+    assert "missing model.conv2_3x3.bias; unexpected model.extra" in error
 
 
 def test_a_published_checkpoint_starts_a_run_by_weights_but_is_not_resumed(here, capsys):
@@ -254,7 +234,7 @@ BAD = [
     ("--lr nan",                     "--lr: invalid number",                          None),
     ("--lr -1",                      "--lr: invalid number",                          None),
     ("--epochs 0",                   "--epochs: invalid number",                      None),
-    ("--image-size 100",             "--image-size: 100 is not a multiple of 32",     None),
+    ("--image-size 104",             "--image-size: BN-Inception takes multiples of 32", None),
     ("--IPC 3",                      "--IPC 3",                                       None),
     ("--IPC 2",                      "--IPC 2",                                       None),
     ("--batch 8",                    "unrecognized arguments: --batch 8",             None),
@@ -294,7 +274,7 @@ def test_a_run_folder_in_use_is_left_alone(here, capsys):
 
 def test_a_seed_and_a_remark_name_the_folder(here):
     args = train.build_parser().parse_args(["--seed", "7", "--remark", "_try"])
-    assert train.run_folder_path(args).name.endswith("_lr0.0001_batch180_seed7_try")
+    assert runs.run_folder_path(args).name.endswith("_lr0.0001_batch180_seed7_try")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(here, capsys):
@@ -305,7 +285,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(h
     checkpoint["model_state_dict"]["model.embedding.bias"][0] = float("nan")
     torch.save(checkpoint, last)
     before = last.read_bytes()
-    assert "epoch 1: the loss is nan" in fails(TINY + "--resume", capsys)
+    assert "epoch 1, step 0: the loss is not finite" in fails(TINY + "--resume", capsys)
     assert last.read_bytes() == before and len(metrics(run_folder(here))) == 1
 
 
@@ -390,6 +370,60 @@ def test_gradients_are_clipped_by_value_on_network_and_proxies(monkeypatch):
     assert max(seen) == 10
 
 
+@pytest.mark.parametrize("flags", ["", "--IPC 4"])
+def test_main_wires_the_recipe_into_every_step(here, monkeypatch, flags):
+    """What each step of a run is given, and what the flags change of it."""
+    make_cub(here / "data")
+    steps = []
+    original = train.train_step
+
+    def spy(model, criterion, optimizer, images, labels, noise):
+        before = model.model.conv1_7x7_s2.weight.detach().clone()
+        values = original(model, criterion, optimizer, images, labels, noise)
+        steps.append({
+            "lr": [group["lr"] for group in optimizer.param_groups],
+            "moved": not torch.equal(before, model.model.conv1_7x7_s2.weight),
+            "images": images, "labels": labels, "noise": noise, "loss": values["loss"].item(),
+            "loss flags": (criterion.metric_loss.margin, criterion.metric_loss.alpha,
+                           criterion.al, criterion.be, criterion.gam, model.l2_norm),
+        })  # fmt: skip
+        return values
+
+    monkeypatch.setattr(train, "train_step", spy)
+    command = TINY + "--epochs 3 --lr 0.01 --lr-decay-step 1 --lr-decay-gamma 0.5 --mrg 0.2 "
+    command += f"--alpha 16 --l2-norm 0 {flags} "
+    train.main(shlex.split(command))
+
+    assert [step["lr"] for step in steps[::2]] == [
+        [0.01, 0.01, 1.0], [0.005, 0.005, 0.5], [0.0025, 0.0025, 0.25],
+    ]  # fmt: skip
+    assert [step["moved"] for step in steps] == [False, False, True, True, True, True]
+    assert all(step["loss flags"] == (0.2, 16, 1, 0.1, 1e-5, False) for step in steps)
+    records = metrics(run_folder(here))
+    assert [record["lr"] for record in records] == [0.01, 0.005, 0.0025]
+    for record, first, second in zip(records, steps[::2], steps[1::2], strict=True):
+        assert record["loss"] == pytest.approx((first["loss"] + second["loss"]) / 2)
+    for name in ("images", "noise"):
+        assert len({step[name].sum().item() for step in steps}) == 6
+    if flags:
+        assert all(step["labels"].bincount().tolist() == [4, 4] for step in steps)
+
+    first = steps[0]
+    steps.clear()
+    train.main(shlex.split(command + "--seed 2 --epochs 1"))
+    assert not torch.equal(first["images"], steps[0]["images"])
+    assert not torch.equal(first["noise"], steps[0]["noise"])
+
+
+def test_weights_differ_between_seeds():
+    first, second = (
+        train.Training(train.build_parser().parse_args(["--seed", seed]), 2, torch.device("cpu"),
+                       None) for seed in "12"
+    )  # fmt: skip
+    assert not torch.equal(first.model.model.embedding.weight, second.model.model.embedding.weight)
+    assert not torch.equal(first.criterion.proxies, second.criterion.proxies)
+
+
 # --- wandb ----------------------------------------------------------------------------------
 
 
@@ -444,11 +478,39 @@ def test_wandb_disabled_imports_nothing(tmp_path):
 
 
 def test_wandb_is_online_only_with_an_account(monkeypatch, tmp_path):
-    assert train.wandb_mode("auto") == "offline"
-    (tmp_path / "no_netrc").write_text("machine api.wandb.ai login user password secret\n")
-    assert train.wandb_mode("auto") == train.wandb_mode("online") == "online"
+    import wandb
+
+    assert runs.wandb_mode("auto") == "offline"
+    host = urlparse(wandb.Settings().base_url).hostname
+    (tmp_path / "no_netrc").write_text(f"machine {host} login user password secret\n")
+    assert runs.wandb_mode("auto") == runs.wandb_mode("online") == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert train.wandb_mode("auto") == "disabled"
+    assert runs.wandb_mode("auto") == "disabled"
+
+
+def test_with_an_account_but_no_network_wandb_falls_back_to_offline(here, monkeypatch, capsys):
+    import wandb
+
+    def init(mode, **settings):
+        if mode == "online":
+            raise wandb.errors.CommError("no\nnetwork")
+        return original(mode=mode, **settings)
+
+    original = wandb.init
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--wandb auto --epochs 1"))
+    assert "wandb cannot be reached, logging offline (no network)" in capsys.readouterr().err
+    read_offline_run(run_folder(here))
+    assert "no network; use --wandb offline" in fails(TINY + "--wandb online --remark 2", capsys)
+
+
+def test_an_error_in_a_run_that_wandb_follows_is_still_one_line(here, capsys):
+    make_cub(here / "data")
+    break_image(here)
+    assert "Bird_0003.jpg" in fails(TINY + "--wandb offline", capsys)
+    assert "Bird_0003.jpg" in fails(TINY + "--wandb offline", capsys)  # nothing to lose: not in use
 
 
 # --- a GPU, where there is one --------------------------------------------------------------
@@ -482,11 +544,3 @@ def test_training_on_cuda_leaves_a_checkpoint_that_evaluates_on_any_device(here,
     train.main(shlex.split(TINY + "--gpu-id 0 --workers 2"))
     evaluate.main(["--resume", str(next(run_folder(here).glob("*_best.pth")))])
     assert "R@1 : " in capsys.readouterr().out
-
-
-def test_an_image_added_to_the_wrong_place_is_not_read(here):
-    """Stray files beside the class folders belong to no class."""
-    make_cub(here / "data")
-    write_image(here / "data/CUB_200_2011/images/cover.jpg", seed=0)
-    train.main(shlex.split(TINY + "--epochs 1"))
-    assert len(metrics(run_folder(here))) == 1

@@ -1,0 +1,70 @@
+"""Look at every file of a data set before a day is spent on it:
+
+python -m dataset.check --dataset cub
+"""
+
+import hashlib
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import dataset
+from dataset.images import ImageSet, read_image
+from utils import Parser, UserError, at_least, plural, progress, run
+
+
+def look_at(path):
+    """(SHA-256 of the file or None, what is wrong with the image or None)."""
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()
+        read_image(path)
+        return digest, None
+    except OSError as error:
+        return None, f"{path}: {error.strerror}"
+    except UserError as error:
+        return digest, str(error)
+
+
+def check(name, root, workers):
+    """All problems of a data set, a line each."""
+    read = dataset.DATASETS[name].read  # not dataset.load, which would say of problems itself
+    splits = {split: ImageSet(*read(root, split)) for split in ("train", "test")}
+    problems, digests = [], {}
+    for split, images in splits.items():
+        problems += filter(None, [dataset.unlike_published(name, split, images)])
+        with ProcessPoolExecutor(workers) as pool:
+            looks = pool.map(look_at, images.paths, chunksize=16)
+            looks = list(progress(looks, len(images), f"{name} {split}"))
+        problems += [problem for _, problem in looks if problem]
+        digests[split] = {digest: path for path, (digest, _) in zip(images.paths, looks) if digest}
+    missing = {path for images in splits.values() for path in images.missing}
+    problems += [f"{path}: listed, but not there" for path in sorted(missing)]
+    for digest in sorted(digests["train"].keys() & digests["test"].keys()):
+        problems.append(
+            f"{digests['train'][digest]}: the same file is in the test half, as "
+            f"{digests['test'][digest]}"
+        )
+    print(f"{name}: looked at {plural(sum(map(len, splits.values())), 'image')}")
+    return problems
+
+
+def build_parser():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--dataset", default="cub", type=dataset.canonical_name, help="cub, car, SOP, demo")
+    add("--data-root", default="./data", help="folder of the extracted data sets")
+    add("--workers", default=os.cpu_count(), type=at_least(1), help="processes that decode images")
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    problems = check(args.dataset, args.data_root, args.workers)
+    for problem in problems:
+        print(problem)
+    print(f"{plural(len(problems), 'problem')} found")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    run(main)

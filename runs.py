@@ -1,0 +1,404 @@
+"""A run's folder: its checkpoints, what is continued after an interruption, signals, wandb."""
+
+import contextlib
+import fcntl
+import json
+import netrc
+import os
+import platform
+import shlex
+import signal
+import sys
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+
+from utils import (
+    Interrupted,
+    UserError,
+    parse_stored,
+    read_checkpoint,
+    warn,
+    write_atomically,
+    write_checkpoint,
+    write_json,
+)
+
+# Flags that may differ when a run is continued: they do not change what is computed.
+FREE_ON_RESUME = {"epochs", "workers", "gpu_id", "data_root", "LOG_DIR", "wandb", "resume",
+                  "overwrite", "checkpoint_every"}  # fmt: skip
+PARTS = {"model_state_dict", "criterion_state_dict", "optimizer_state_dict",
+         "scheduler_state_dict", "epoch", "partial", "args", "history"}  # fmt: skip
+
+
+class RunFolder:
+    """Where a run's files are; every file is replaced whole, never written in place."""
+
+    def __init__(self, folder, args):
+        self.folder = Path(folder)
+        name = f"{args.dataset}_{args.model}"
+        self.best = self.folder / f"{name}_best.pth"
+        self.last = self.folder / f"{name}_last.pth"
+        self.previous = self.folder / f"{name}_previous.pth"
+        self.results = self.folder / f"{name}_best_results.txt"
+        self.metrics = self.folder / "metrics.jsonl"
+        self.args = self.folder / "args.json"
+        self.files = [self.args, self.metrics, self.results, self.best, self.last, self.previous]
+        self.lock_file = None
+
+    def in_use(self):
+        """Whether there is something to lose: a run that saved nothing may be started again."""
+        return any(path.exists() for path in (self.best, self.last, self.previous))
+
+    def lock(self):
+        """Keep other processes out for as long as this one lives, however it ends."""
+        try:
+            if self.lock_file is None:
+                self.lock_file = open(self.folder / ".lock", "w")
+            # a record lock, which the loader's workers do not inherit
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.folder} is in use by another process; wait for it, or give this run a "
+                "--remark of its own"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written to ({error.strerror})") from error
+
+    def claim(self, args, new):
+        """Make and lock the folder; returns what args.json says, {} for a new run."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            for leftover in self.folder.glob(".*.tmp"):
+                leftover.unlink()
+            if new and self.in_use() and not args.overwrite:
+                raise UserError(f"{self.folder}: another process has just finished this run")
+            return {} if new or not self.args.exists() else json.loads(self.args.read_text())
+        except OSError as error:
+            raise UserError(f"{self.folder}: {error.strerror}") from error
+        except ValueError:
+            raise UserError(f"{self.args}: damaged; delete it, --resume writes a new one") from None
+
+    def start(self, record, history):
+        """Write args.json and the results so far; a new run (history None) first removes what is
+        left of another."""
+        if history is None:
+            for file in self.files:
+                file.unlink(missing_ok=True)
+        write_json(self.args, record)
+        self.write_results(history or [])
+
+    def write_results(self, history):
+        if history:
+            write_atomically(self.results, summary(history).encode())
+        lines = "".join(json.dumps(record) + "\n" for record in history)
+        write_atomically(self.metrics, lines.encode())
+
+    def save(self, checkpoint):
+        """Save the state that --resume continues from; the one before is kept."""
+        write_checkpoint(self.last, checkpoint, keep=self.previous)
+
+    def save_epoch(self, checkpoint):
+        """Save a finished epoch. What --resume reads comes last, so that an interrupted save is
+        an epoch that never happened."""
+        history = checkpoint["history"]
+        if best_record(history) is history[-1]:
+            write_checkpoint(self.best, checkpoint)
+        self.write_results(history)
+        self.save(checkpoint)
+
+    def newest_checkpoint(self):
+        """(path, checkpoint) of the newest that is not damaged, or None if there is none at all."""
+        existing = [path for path in (self.last, self.previous, self.best) if path.exists()]
+        for path in existing:
+            try:
+                return path, read_checkpoint(path)
+            except UserError as error:
+                warn(f"{error}; trying the checkpoint before it")
+        if existing:
+            raise UserError(f"--resume: no checkpoint in {self.folder} can be read")
+        return None
+
+
+def run_folder_path(args):
+    seed = "" if args.seed == 1 else f"_seed{args.seed}"
+    name = (
+        f"{args.model}_{args.loss}_embedding{args.embedding_size}"
+        f"_al{args.al}_be{args.be}_gam{args.gam}_{args.optimizer}_lr{args.lr}"
+        f"_batch{args.batch_size}{seed}{args.remark}"
+    )
+    return Path(args.LOG_DIR, f"logs_{args.dataset}", name)
+
+
+# --- results --------------------------------------------------------------------------------
+
+
+def best_record(history):
+    """The first epoch with the greatest R@1."""
+    return max(history, key=lambda record: record["R@1"])
+
+
+def recalls_of(record):
+    return {key: value for key, value in record.items() if key.startswith("R@")}
+
+
+def summary(history):
+    """The published script's result file, with the last epoch beside the best."""
+    lines = []
+    for title, record in (("Best", best_record(history)), ("Last", history[-1])):
+        lines.append(f"{title} Epoch: {record['epoch']}")
+        for key, value in recalls_of(record).items():
+            lines.append(f"{title} {key.replace('R@', 'Recall@')}: {value:.4f}")
+    # differs: the script gives the best epoch alone, and does not say how it was chosen
+    lines.append("The best epoch is chosen on the test set, the last one is not.")
+    return "\n".join(lines) + "\n"
+
+
+# --- starting and continuing ----------------------------------------------------------------
+
+
+def open_run(parser, args, given):
+    """(flags, RunFolder, checkpoint or None): where to write, and what to continue from."""
+    if "/" in args.remark or "\0" in args.remark:
+        raise UserError(f"--remark {args.remark}: it ends a folder's name and cannot hold a /")
+    if len(os.fsencode(run_folder_path(args).name)) > 255:
+        raise UserError(f"--remark {args.remark}: too long, it ends a folder's name")
+    if args.resume is None:
+        run_folder = RunFolder(run_folder_path(args), args)
+        # differs: the script silently loads an old best checkpoint from the folder
+        if run_folder.in_use() and not args.overwrite:
+            raise UserError(
+                f"{run_folder.folder} already holds a run: continue it with --resume, replace it "
+                "with --overwrite, or name another with --remark"
+            )
+        return args, run_folder, None
+    if args.overwrite:
+        raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
+    if args.resume:
+        checkpoint = read_checkpoint(args.resume)
+        args = merge_flags(parser, args, given, checkpoint, args.resume)
+        run_folder = RunFolder(Path(args.resume).parent, args)
+        if "LOG_DIR" in given and run_folder_path(args).resolve() != run_folder.folder.resolve():
+            raise UserError(
+                f"--LOG_DIR {args.LOG_DIR}: --resume {args.resume} continues in the checkpoint's "
+                "own folder; leave --LOG_DIR out"
+            )
+        run_folder.lock()
+        newest = run_folder.newest_checkpoint()
+        if newest and progress_of(newest[1]) > progress_of(checkpoint):
+            print(f"{args.resume} is not the newest of its run: continuing from {newest[0]}")
+            checkpoint = newest[1]
+            args = merge_flags(parser, args, given, checkpoint, newest[0])
+        return args, run_folder, checkpoint
+    run_folder = RunFolder(run_folder_path(args), args)
+    if not any(file.exists() for file in run_folder.files):
+        raise UserError(f"--resume: there is no run in {run_folder.folder} to continue")
+    run_folder.lock()
+    found = run_folder.newest_checkpoint()
+    if found is None:
+        print(f"nothing of {run_folder.folder} was saved yet: starting at epoch 0")
+        return args, run_folder, None
+    path, checkpoint = found
+    return merge_flags(parser, args, given, checkpoint, path), run_folder, checkpoint
+
+
+def merge_flags(parser, args, given, checkpoint, path):
+    """The flags to continue with: those that the run was started with, and the free ones given."""
+    if PARTS - checkpoint.keys():
+        raise UserError(
+            f"--resume {path}: this checkpoint cannot be continued, it lacks "
+            f"{', '.join(sorted(PARTS - checkpoint.keys()))}; to start a run from its network use "
+            f"--weights {path}"
+        )
+    check_state(checkpoint, path)
+    stored = parse_stored(parser, checkpoint["args"], path)
+    for name, value in given.items():
+        if name not in FREE_ON_RESUME and getattr(stored, name) != value:
+            raise UserError(
+                f"--{name.replace('_', '-')} {value}: the run of {path} was started with "
+                f"{getattr(stored, name)}; leave the flag out, or start another run"
+            )
+        setattr(stored, name, value)
+    return stored
+
+
+def progress_of(checkpoint):
+    """Orders the checkpoints of a run; one that cannot be continued comes first."""
+    partial, history = checkpoint.get("partial"), checkpoint.get("history", [])
+    return len(history), partial["step"] if partial else 0
+
+
+def check_state(checkpoint, path):
+    """Refuse what no run of ours has written, before anything is computed from it."""
+    epoch, partial, history = checkpoint["epoch"], checkpoint["partial"], checkpoint["history"]
+    numbers = (int, float)
+    sound = (
+        type(epoch) is int
+        and isinstance(history, list)
+        and len(history) == epoch + (partial is None)
+        and all(
+            isinstance(record, dict)
+            and record.get("epoch") == i
+            and isinstance(record.get("R@1"), numbers)
+            and all(isinstance(value, (*numbers, type(None))) for value in record.values())
+            for i, record in enumerate(history)
+        )
+        and isinstance(checkpoint["args"], dict)
+    )
+    if partial is not None:
+        sound = (
+            sound
+            and isinstance(partial, dict)
+            and type(partial.get("step")) is int
+            and partial["step"] >= 0
+            and isinstance(partial.get("totals"), dict)
+            and all(type(value) is float for value in partial["totals"].values())
+            and isinstance(partial.get("seconds"), float)
+        )
+    if not sound:
+        raise UserError(f"{path}: its epoch, partial, history or args are not a training run's")
+
+
+def restore(optimizer, scheduler, checkpoint, path):
+    """Load the optimiser's and the scheduler's state; a state of another network is refused."""
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.shape not in ((), parameter.shape):
+                    raise ValueError(f"{name} is {tuple(value.shape)}, not {parameter.shape}")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not this network's optimiser or scheduler ({error})") from error
+
+
+def describe_process(argv, device):
+    """What it takes to state this run again: the command, the versions, the machine."""
+    argv = sys.argv[1:] if argv is None else argv
+    cuda = device.type == "cuda"
+    return {
+        "command": shlex.join(["python", "train.py", *argv]),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: sys.modules[name].__version__ for name in ("torch", "torchvision", "numpy")},
+        },
+        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})",
+    }
+
+
+# --- signals --------------------------------------------------------------------------------
+
+
+class Stop:
+    """SIGTERM and Ctrl-C, in a `with`: raise Interrupted, or while `deferred` leave it to `check`
+    to do so; a second signal ends the process at once."""
+
+    def __init__(self):
+        self.signal, self.wait, self.former = None, False, {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.former[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        if not self.wait:
+            raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def deferred(self):
+        """In here a signal takes effect only where `check` is called, and at the end."""
+        self.wait = True
+        try:
+            yield
+        finally:
+            self.wait = False
+        self.check()
+
+    def check(self):
+        if self.signal is not None:
+            raise Interrupted(self.signal)
+
+
+# --- wandb ----------------------------------------------------------------------------------
+
+
+WANDB_MODES = {"online": "online", "offline": "offline", "disabled": "disabled",
+               "run": "online", "dryrun": "offline"}  # fmt: skip
+
+
+def wandb_mode(requested):
+    """`auto` is online with an account and offline without one; nobody is ever asked for a key
+    (differs: the script wants an account)."""
+    if requested == "auto" and os.environ.get("WANDB_MODE"):
+        mode = os.environ["WANDB_MODE"]
+        if mode not in WANDB_MODES:
+            raise UserError(f"WANDB_MODE={mode}: choose from {', '.join(WANDB_MODES)}")
+        return WANDB_MODES[mode]
+    if requested == "auto":
+        return "online" if has_wandb_account() else "offline"
+    if requested == "online" and not has_wandb_account():
+        raise UserError(
+            "--wandb online: no account on this machine; run `wandb login`, set WANDB_API_KEY, "
+            "or use --wandb offline"
+        )
+    return requested
+
+
+def has_wandb_account():
+    """Whether there is a key for the server that wandb would use; asks nobody for one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import wandb
+
+    url = urlparse(wandb.Settings().base_url)
+    try:
+        known = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any(known.authenticators(host) for host in (url.hostname, url.netloc))
+
+
+@contextlib.contextmanager
+def track(args, mode, folder, run_id):
+    """The wandb run, new or with `run_id` continued; None, and wandb is not imported, if mode is
+    `disabled`. An exception ends it as failed, without wandb printing a traceback of its own."""
+    if mode == "disabled":
+        yield None
+        return
+    run = start_wandb(args, mode, folder, run_id)
+    try:
+        yield run
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    run.finish()
+
+
+def start_wandb(args, mode, folder, run_id):
+    import wandb
+
+    settings = {
+        "project": f"{args.dataset}_DDML+PA", "name": folder.name, "dir": str(folder),
+        "config": vars(args),
+    }  # fmt: skip
+    try:
+        return wandb.init(
+            mode=mode, id=run_id, resume="allow" if run_id else None,
+            settings=wandb.Settings(init_timeout=30), **settings,
+        )  # fmt: skip
+    except wandb.errors.Error as error:
+        if args.wandb == "online":
+            raise UserError(f"--wandb online: {error}; use --wandb offline") from error
+        warn(f"wandb cannot be reached, logging offline ({' '.join(str(error).split())})")
+        wandb.teardown()  # the failed attempt still holds its run
+        return wandb.init(mode="offline", **settings)

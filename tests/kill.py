@@ -1,0 +1,168 @@
+"""Kill real training runs and compare what they end in with a run that was left alone.
+
+python -m tests.kill --kills 100    (about a quarter of an hour on two cores)
+
+Runs of train.py are ended with SIGKILL at random instants, each continued with --resume and killed
+again until it finishes; then one run is killed at each write, fsync and rename of its saves in
+turn. Weights, proxies, optimiser state and metrics.jsonl (times aside) have to come out the same,
+bit for bit. Prints the tally; exit status 1 if anything differs. Not part of the test suite, which
+has a short version.
+"""
+
+import argparse
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from tests.conftest import make_cub
+from utils import read_checkpoint
+
+ROOT = Path(__file__).parent.parent
+FLAGS = (
+    "--dataset cub --weights none --image-size 32 --batch-size 8 --embedding-size 8 "
+    "--wandb disabled --disent True --al 1 --be 0.1 --gam 1e-5 --bn-freeze 0 --checkpoint-every 1 "
+)
+TIMES = {"seconds", "images_per_second"}
+
+
+def at_call(patch, names, n, action):
+    """Do `action` at the n-th call, from 0, of the os functions `names`; `patch` is setattr."""
+    count = iter(range(10**9))
+
+    def watched(function):
+        def call(*args, **kwargs):
+            if next(count) == n:
+                action()
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in names:
+        patch(os, name, watched(getattr(os, name)))
+
+
+def same(first, second):
+    """Equal, tensors bit for bit, leaving aside what was measured with a clock."""
+    if torch.is_tensor(first):
+        return torch.is_tensor(second) and torch.equal(first, second)
+    if isinstance(first, dict):
+        keys = first.keys() - TIMES
+        return keys == second.keys() - TIMES and all(same(first[key], second[key]) for key in keys)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+def assert_same_run(folder, other):
+    """Both checkpoints, all of their parts but the flags, and metrics.jsonl, times aside."""
+    for name in ("cub_bn_inception_best.pth", "cub_bn_inception_last.pth"):
+        first, second = read_checkpoint(folder / name), read_checkpoint(other / name)
+        for part in first.keys() - {"args"}:
+            assert same(first[part], second[part]), f"{folder / name}: {part} differs"
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == first["history"], f"{folder}: metrics differ"
+
+
+def run_train(here, flags, seconds=None, inject=None):
+    """Run train.py; SIGKILL it after `seconds`, or at the n-th call of a save. Its exit status."""
+    script = str(ROOT / "train.py")
+    if inject is not None:
+        script = "-c"
+        program = f"import sys; from tests.kill import injected; injected({inject})"
+    command = [sys.executable, script, *([program] if inject is not None else [])]
+    process = subprocess.Popen(
+        [*command, *shlex.split(FLAGS + flags)], cwd=here, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        _, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        _, errors = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), errors.decode()
+    return process.returncode
+
+
+def injected(n):
+    """In the child: train.py with SIGKILL at the n-th write, fsync or rename."""
+    import train
+
+    at_call(setattr, ["write", "fsync", "replace"], n, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    train.main(sys.argv[1:])
+
+
+def resume_flag(here, name):
+    """--resume, once there is something to resume."""
+    return "--resume" if list(Path(here, name).glob("*/*/args.json")) else ""
+
+
+def whole_run(here, epochs):
+    if not Path(here, "data").exists():
+        make_cub(Path(here, "data"))
+    started = time.monotonic()
+    run_train(here, f"--LOG_DIR whole{epochs} --workers 0 --epochs {epochs}")
+    return next(Path(here).glob(f"whole{epochs}/*/*")), time.monotonic() - started
+
+
+def kill_at_random(here, kills, seed, epochs=3):
+    """Kill runs at random instants until `kills` were; every run has to end as the whole one."""
+    rng = random.Random(seed)
+    whole, duration = whole_run(here, epochs)
+    tally = {"runs": 0, "killed": 0, "identical": 0}
+    while tally["killed"] < kills:
+        name = f"killed{tally['runs']}"
+        tally["runs"] += 1
+        status = -signal.SIGKILL
+        while status:
+            left = kills - tally["killed"]
+            # the first half of a run is Python importing torch, in which there is little to lose
+            instant = rng.uniform(0.4, 1.0) * duration if left else None
+            flags = f"--LOG_DIR {name} --workers {rng.choice([0, 1, 2])} --epochs {epochs} "
+            status = run_train(here, flags + resume_flag(here, name), instant)
+            tally["killed"] += status != 0
+        assert_same_run(next(Path(here).glob(f"{name}/*/*")), whole)
+        tally["identical"] += 1
+        shutil.rmtree(Path(here, name))
+    return tally
+
+
+def kill_at_calls(here, step, epochs=1):
+    """Kill a run at each write, fsync and rename in turn, and continue it."""
+    whole, _ = whole_run(here, epochs)
+    tally = {"calls": 0, "identical": 0}
+    for n in range(0, 10**6, step):
+        name = f"call{n}"
+        flags = f"--LOG_DIR {name} --workers 0 --epochs {epochs} "
+        if run_train(here, flags, inject=n) == 0:
+            return tally
+        tally["calls"] += 1
+        run_train(here, flags + resume_flag(here, name))
+        assert_same_run(next(Path(here).glob(f"{name}/*/*")), whole)
+        tally["identical"] += 1
+        shutil.rmtree(Path(here, name))  # half a gigabyte
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=100, help="at random instants")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=1, help="inject at every n-th call only")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as here:
+        print("random instants:", kill_at_random(here, args.kills, args.seed), flush=True)
+        print("calls of a save:", kill_at_calls(here, args.every), flush=True)
+
+
+if __name__ == "__main__":
+    main()

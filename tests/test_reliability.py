@@ -1,0 +1,233 @@
+"""Nothing is lost: torn saves, full disks, signals, numbers that are not finite, kills."""
+
+import errno
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from runs import RunFolder
+from tests import kill
+from tests.conftest import ROOT, TINY, fails, make_cub, metrics, run_folder
+from utils import UserError, read_checkpoint, write_checkpoint
+
+
+def small_checkpoint(epoch, r1):
+    history = [{"epoch": i, "R@1": 50.0} for i in range(epoch)] + [{"epoch": epoch, "R@1": r1}]
+    state = {"weight": torch.full((1000,), float(epoch))}
+    return {"model_state_dict": state, "epoch": epoch, "history": history}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with two finished epochs, and the state of a third that would be the best."""
+    folder = RunFolder(tmp_path, SimpleNamespace(dataset="cub", model="net"))
+    folder.save_epoch(small_checkpoint(0, 60.0))
+    folder.save_epoch(small_checkpoint(1, 50.0))
+    return folder, small_checkpoint(2, 70.0)
+
+
+CALLS = ["open", "write", "fsync", "replace", "close"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("call", CALLS)
+def test_an_error_at_any_call_of_a_save_is_one_line_and_leaves_a_loadable_checkpoint(
+    saved, monkeypatch, call, code
+):
+    folder, checkpoint = saved
+    failed = 0
+
+    def raise_error():
+        raise OSError(code, os.strerror(code))
+
+    for n in range(1000):
+        with monkeypatch.context() as patch:
+            kill.at_call(patch.setattr, [call], n, raise_error)
+            try:
+                folder.save_epoch(checkpoint)
+                break
+            except UserError as error:
+                failed += 1
+                assert "bytes needed" in str(error) and str(folder.folder) in str(error)
+        _, found = folder.newest_checkpoint()
+        assert found["epoch"] in (1, 2)
+        assert not list(folder.folder.glob(".*.tmp"))
+        assert read_checkpoint(folder.best)["epoch"] in (0, 2)
+    assert failed >= 4  # best, results, metrics, last
+    assert folder.newest_checkpoint()[1]["epoch"] == 2
+
+
+def test_a_kill_at_any_call_of_a_save_leaves_a_loadable_checkpoint_and_whole_metrics(saved):
+    folder, checkpoint = saved
+    for n in range(1000):
+        child = os.fork()
+        if not child:
+            kill.at_call(setattr, CALLS, n, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            folder.save_epoch(checkpoint)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert folder.newest_checkpoint()[1]["epoch"] in (1, 2)
+        assert read_checkpoint(folder.best)["epoch"] in (0, 2)
+        assert [record["epoch"] for record in metrics(folder.folder)] in ([0, 1], [0, 1, 2])
+        if status == 0:
+            break
+    assert n > 15 and folder.newest_checkpoint()[1]["epoch"] == 2
+
+
+@pytest.mark.parametrize("at", [0, 40, 0.3, 0.5, 0.9, -200, -3])
+def test_a_flipped_bit_anywhere_is_found_and_the_checkpoint_before_is_used(saved, capsys, at):
+    folder, _ = saved
+    data = bytearray(folder.last.read_bytes())
+    data[int(at * len(data)) if isinstance(at, float) else at] ^= 1
+    folder.last.write_bytes(data)
+    path, checkpoint = folder.newest_checkpoint()
+    assert path == folder.previous and checkpoint["epoch"] == 0
+    assert f"{folder.last}: not a checkpoint that can be read" in capsys.readouterr().err
+
+
+def test_a_truncated_checkpoint_is_found_at_any_length(saved):
+    folder, _ = saved
+    data = folder.last.read_bytes()
+    for length in range(0, len(data), 97):
+        folder.last.write_bytes(data[:length])
+        with pytest.raises(UserError):
+            read_checkpoint(folder.last)
+
+
+def test_a_checkpoint_is_an_ordinary_torch_file(tmp_path):
+    write_checkpoint(tmp_path / "a.pth", {"x": torch.arange(3)})
+    assert torch.equal(torch.load(tmp_path / "a.pth", weights_only=True)["x"], torch.arange(3))
+
+
+# --- signals and kills, on a real train.py --------------------------------------------------
+
+
+def start(here, flags):
+    command = [sys.executable, str(ROOT / "train.py"), *shlex.split(TINY + flags)]
+    return subprocess.Popen(
+        command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_at_a_step_and_the_run_continues_to_the_same_bits(here, number, status):
+    make_cub(here / "data", classes=12)
+    flags = "--workers 2 --bn-freeze 0 "
+    process = start(here, flags)
+    wait_for(lambda: list(here.glob("logs/*/*/*_last.pth")), process)
+    time.sleep(0.3)
+    os.killpg(process.pid, number)  # as a terminal does: to the workers as well
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    last = errors.splitlines()[-1]
+    assert last.startswith(f"train.py: {number.name}: continue with: python train.py --resume logs")
+    assert "Traceback" not in errors
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # no worker is left
+
+    train.main([*shlex.split(last.split("train.py ")[-1]), "--workers", "0"])
+    train.main(shlex.split(TINY + flags + "--workers 0 --LOG_DIR whole"))
+    kill.assert_same_run(run_folder(here), next(here.glob("whole/*/*")))
+
+
+def test_a_second_process_on_the_same_run_folder_is_refused(here, capsys):
+    make_cub(here / "data")
+    process = start(here, "--epochs 500")
+    try:
+        wait_for(lambda: list(here.glob("logs/*/*/*_last.pth")), process)
+        assert "is in use by another process" in fails(TINY + "--epochs 500 --resume", capsys)
+        assert "is in use by another process" in fails(TINY + "--overwrite", capsys)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_killed_runs_continue_to_the_same_bits(here):
+    """The short version of `python -m tests.kill`."""
+    tally = kill.kill_at_random(here, kills=2, seed=0, epochs=1)
+    assert tally["killed"] == 2 and tally["identical"] >= 1
+
+
+@pytest.mark.parametrize("step, flags", [(1, ""), (2, ""), (3, "--IPC 4 --optimizer sgd")])
+def test_a_run_interrupted_in_mid_epoch_continues_to_the_same_bits(here, monkeypatch, step, flags):
+    make_cub(here / "data")
+    command = TINY + f"{flags} --checkpoint-every 1 "
+    train.main(shlex.split(command + "--LOG_DIR whole"))
+
+    class Killed(BaseException):
+        """As SIGKILL: nothing of ours handles it."""
+
+    steps = []
+    with monkeypatch.context() as patch:
+        original = train.train_step
+
+        def train_step(*args):
+            if len(steps) == step:
+                raise Killed
+            steps.append(None)
+            return original(*args)
+
+        patch.setattr(train, "train_step", train_step)
+        with pytest.raises(Killed):
+            train.main(shlex.split(command))
+    train.main(shlex.split(command + "--resume"))
+    kill.assert_same_run(run_folder(here), next(here.glob("whole/*/*")))
+
+
+# --- numbers that are not finite ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["specific", "gradient"])
+def test_a_number_that_is_not_finite_is_neither_applied_nor_saved(here, capsys, monkeypatch, where):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--epochs 1"))
+    folder = run_folder(here)
+    before = (folder / "cub_bn_inception_last.pth").read_bytes()
+    original = train.DDML.forward
+
+    def forward(self, head, head_specific, *rest):
+        total, terms = original(self, head, head_specific, *rest)
+        if where == "gradient":
+            head.register_hook(lambda gradient: gradient * float("inf"))
+            return total, terms
+        return total * float("nan"), terms | {where: terms[where] * float("nan")}
+
+    monkeypatch.setattr(train.DDML, "forward", forward)
+    error = fails(TINY + "--resume", capsys)
+    assert "epoch 1, step 0: the " in error and error.count(".jpg") == 8
+    assert ("gradient" if where == "gradient" else "loss") in error
+    assert (folder / "cub_bn_inception_last.pth").read_bytes() == before
+    assert len(metrics(folder)) == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_gradient_that_is_not_finite_does_not_move_a_weight(bad):
+    args = train.build_parser().parse_args(shlex.split(TINY + "--optimizer sgd --weight-decay 0"))
+    model = train.create_model("bn_inception", 8, disent=True)
+    criterion = train.build_criterion(args, 2)
+    optimizer, _ = train.build_optimizer(args, model, criterion)
+    train.prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
+    before = [p.clone() for p in (*model.parameters(), *criterion.parameters())]
+    model.model.embedding.bias.register_hook(lambda gradient: gradient * bad)
+    values = train.train_step(
+        model, criterion, optimizer, torch.randn(4, 3, 32, 32), torch.arange(4) % 2
+    )
+    assert values["loss"].isfinite() and not values["gradient"].isfinite()
+    after = [*model.parameters(), *criterion.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
