@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -237,7 +238,9 @@ def read_checkpoint(path):
             raise BadCheckpoint("it is larger than 4 GiB")
         data = Path(path).read_bytes()
         check_zip(data)
-        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch muses on odd files before it refuses them
+            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load fails in a dozen ways, and words few of them well

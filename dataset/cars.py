@@ -1,5 +1,7 @@
 """Cars-196 (Krause et al., 2013): 196 car models, in any of the three forms it was published."""
 
+from concurrent.futures import ProcessPoolExecutor
+
 from scipy.io import loadmat
 
 from dataset.images import class_folders, first_existing, half_of_classes, on_disk
@@ -31,37 +33,40 @@ def read(root, split):
 
 def read_annotations(file):
     """cars_annos.mat: the path is field 0, the 1-based class field 5; paths are beside it."""
+    return on_disk(file.parent, load_mat(file, annotated_paths), file)
 
-    def items(annotations):
-        path, label = annotations.dtype.names[0], annotations.dtype.names[5]
-        return [(str(row[path].item()), int(row[label].item())) for row in annotations]
 
-    return on_disk(file.parent, load_mat(file, items), file)
+def annotated_paths(annotations):
+    path, label = annotations.dtype.names[0], annotations.dtype.names[5]
+    return [(str(row[path].item()), int(row[label].item())) for row in annotations]
 
 
 def read_devkit(folder):
     """The later dev-kit: named fields, one file for each of cars_train/ and cars_test/."""
     found, missing = [], []
-    for images, name in (
-        ("cars_train", TRAIN_LIST),
-        ("cars_test", TEST_LIST),
-    ):
+    for images, name in (("cars_train", TRAIN_LIST), ("cars_test", TEST_LIST)):
         file = first_existing(folder, (name, f"../{name}"), "cars dev-kit")
-
-        def items(annotations, images=images):
-            return [(f"{images}/{row['fname'].item()}", int(row["class"].item()))
-                    for row in annotations]  # fmt: skip
-
-        there, absent = on_disk(folder.parent, load_mat(file, items), file)
+        listed = [(f"{images}/{name}", label) for name, label in load_mat(file, devkit_names)]
+        there, absent = on_disk(folder.parent, listed, file)
         found, missing = found + there, missing + absent
     return found, missing
 
 
-def load_mat(file, items):
-    """What `items` makes of a .mat file's `annotations`."""
+def devkit_names(annotations):
+    return [(str(row["fname"].item()), int(row["class"].item())) for row in annotations]
+
+
+def load_mat(file, parse):
+    """What `parse` makes of a .mat file's `annotations`. Read in a process of its own: scipy's
+    reader is compiled code, which a crafted file can crash."""
     try:
-        return items(loadmat(file)["annotations"].ravel())
+        with ProcessPoolExecutor(1) as pool:
+            return pool.submit(parse_mat, file, parse).result()
     except Exception as error:  # scipy fails in many ways on a damaged file
         raise UserError(
             f"{file}: not a MATLAB file with the `annotations` of Cars ({error})"
         ) from error
+
+
+def parse_mat(file, parse):
+    return parse(loadmat(file)["annotations"].ravel())

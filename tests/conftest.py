@@ -12,6 +12,7 @@ from scipy.io import savemat
 
 import train
 import utils
+from net import create_model
 
 torch.set_num_threads(2)
 
@@ -146,3 +147,10 @@ def fails(argv, capsys, main=train.main):
     errors = [line for line in capsys.readouterr().err.splitlines() if "warning:" not in line]
     assert len(errors) == 1 and "error: " in errors[0]
     return errors[0]
+
+
+def published_checkpoint(path, change=lambda state: None, **kwargs):
+    state = create_model("bn_inception", 512, disent=True, **kwargs).state_dict()
+    change(state)
+    torch.save({"model_state_dict": state}, path)
+    return path

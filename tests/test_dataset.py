@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 import dataset
-from dataset import demo
+from dataset import check, demo
 from dataset.images import read_image
 from dataset.loader import SeededImages, batches, test_loader, train_loader
 from dataset.transforms import test_transform, to_input, train_transform
@@ -287,3 +287,39 @@ def test_demo_is_the_same_every_time(tmp_path, monkeypatch):
     assert all(
         Path(a).read_bytes() == Path(b).read_bytes() for a, b in zip(first.paths, second.paths)
     )
+
+
+# --- python -m dataset.check ----------------------------------------------------------------
+
+
+def run_check(capsys, name, root):
+    status = check.main(["--dataset", name, "--data-root", str(root), "--workers", "2"])
+    return status, capsys.readouterr().out.splitlines()
+
+
+def test_check_of_a_sound_data_set_finds_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dataset.cub, "PUBLISHED", {"train": (20, 2), "test": (20, 2)})
+    status, lines = run_check(capsys, "cub", make_cub(tmp_path))
+    assert (status, lines) == (0, ["cub: looked at 40 images", "0 problems found"])
+
+
+def test_check_lists_all_problems_at_once_with_their_paths(tmp_path, capsys):
+    images = make_cub(tmp_path) / "CUB_200_2011/images"
+    torn, empty = images / "001.Bird_0/Bird_0003.jpg", images / "004.Bird_3/Bird_0001.jpg"
+    torn.write_bytes(torn.read_bytes()[:500])
+    empty.write_bytes(b"")
+    twin = images / "003.Bird_2/Bird_0000.jpg"
+    twin.write_bytes((images / "001.Bird_0/Bird_0000.jpg").read_bytes())
+    status, lines = run_check(capsys, "cub", tmp_path)
+    assert status == 1 and lines[-1] == "5 problems found"
+    assert sum("the published split has" in line for line in lines) == 2
+    assert sum(line.startswith(f"{torn}: not an image") for line in lines) == 1
+    assert sum(line.startswith(f"{empty}: not an image") for line in lines) == 1
+    assert any("Bird_0000.jpg: the same file is in the test half" in line for line in lines)
+    assert any(line.endswith(str(twin)) for line in lines)
+
+
+def test_check_names_files_that_a_list_has_and_the_disk_has_not(tmp_path, capsys):
+    missing = make_sop(tmp_path) / "Stanford_Online_Products/bicycle_final/2_3.JPG"
+    missing.unlink()
+    assert f"{missing}: listed, but not there" in run_check(capsys, "SOP", tmp_path)[1]

@@ -24,6 +24,7 @@ from tests.conftest import (
     make_cub,
     make_sop,
     metrics,
+    published_checkpoint,
     run_folder,
 )
 
@@ -180,13 +181,6 @@ def test_overwrite_starts_anew_in_the_same_folder(here):
     assert len(metrics(run_folder(here))) == 1
 
 
-def published_checkpoint(path, change=lambda state: None, **kwargs):
-    state = create_model("bn_inception", 512, disent=True, **kwargs).state_dict()
-    change(state)
-    torch.save({"model_state_dict": state}, path)
-    return path
-
-
 def test_a_published_checkpoint_evaluates(here, capsys):
     make_cub(here / "data")
     path = published_checkpoint(here / "published.pth")
@@ -210,56 +204,6 @@ def test_a_published_checkpoint_starts_a_run_by_weights_but_is_not_resumed(here,
     assert f"--weights {path}" in fails(f"--resume {path}", capsys)
     train.main(shlex.split(TINY + f"--weights {path} --embedding-size 512 --epochs 1"))
     assert len(metrics(run_folder(here))) == 1
-
-
-def break_image(here):
-    (here / "data/CUB_200_2011/images/001.Bird_0/Bird_0003.jpg").write_bytes(b"torn")
-
-
-def write_junk(here):
-    (here / "junk.pth").write_bytes(b"junk")
-    (here / "junk").write_bytes(b"junk")
-
-
-BAD = [
-    # flags                          the line has                                     before
-    ("--batch-size 21",              "--batch-size 21: larger than the 20 training",  None),
-    ("--dataset birds",              "--dataset birds: unknown data set",             None),
-    ("--model resnet50",             "--model: invalid choice: 'resnet50'",           None),
-    ("--loss Triplet",               "--loss: invalid choice: 'Triplet'",             None),
-    ("--optimizer lamb",             "--optimizer: invalid choice: 'lamb'",           None),
-    ("--data-root nowhere",          "tried nowhere/CUB_200_2011/images, nowhere/cub/images", None),
-    ("--disent maybe",               "--disent: invalid boolean value: 'maybe'",      None),
-    ("--lr fast",                    "--lr: invalid number",                          None),
-    ("--lr nan",                     "--lr: invalid number",                          None),
-    ("--lr -1",                      "--lr: invalid number",                          None),
-    ("--epochs 0",                   "--epochs: invalid number",                      None),
-    ("--image-size 104",             "--image-size: BN-Inception takes multiples of 32", None),
-    ("--IPC 3",                      "--IPC 3",                                       None),
-    ("--IPC 2",                      "--IPC 2",                                       None),
-    ("--batch 8",                    "unrecognized arguments: --batch 8",             None),
-    ("--remark a/b",                 "--remark a/b",                                  None),
-    ("--gpu-id -2",                  "--gpu-id: invalid number",                      None),
-    ("--weights nowhere.pth",        "nowhere.pth: no such checkpoint",               None),
-    ("--weights junk.pth",           "junk.pth: not a checkpoint",                    write_junk),
-    ("--weights imagenet",           "--weights imagenet: not in",                    None),
-    ("--resume",                     "--resume: there is no run in",                  None),
-    ("--resume nowhere.pth",         "nowhere.pth: no such checkpoint",               None),
-    ("--resume junk.pth",            "junk.pth: not a checkpoint",                    write_junk),
-    ("--resume --overwrite",         "--resume continues a run and --overwrite",      None),
-    ("--wandb online",               "--wandb online: no account",                    None),
-    ("",                             "Bird_0003.jpg: not an image",                   break_image),
-    ("--workers 2",                  "Bird_0003.jpg: not an image",                   break_image),
-    ("--LOG_DIR junk",               "junk/logs_cub",                                 write_junk),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("flags, line, before", BAD)
-def test_what_a_user_can_get_wrong_ends_in_one_line(here, capsys, flags, line, before):
-    make_cub(here / "data")
-    if before:
-        before(here)
-    assert line in fails(TINY + flags, capsys)
 
 
 def test_a_run_folder_in_use_is_left_alone(here, capsys):
@@ -508,7 +452,7 @@ def test_with_an_account_but_no_network_wandb_falls_back_to_offline(here, monkey
 
 def test_an_error_in_a_run_that_wandb_follows_is_still_one_line(here, capsys):
     make_cub(here / "data")
-    break_image(here)
+    (here / "data/CUB_200_2011/images/001.Bird_0/Bird_0003.jpg").write_bytes(b"torn")
     assert "Bird_0003.jpg" in fails(TINY + "--wandb offline", capsys)
     assert "Bird_0003.jpg" in fails(TINY + "--wandb offline", capsys)  # nothing to lose: not in use
 
