@@ -7,6 +7,7 @@ nothing leaves the device.
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from net import l2_normalize
@@ -17,21 +18,56 @@ def at_least_float32(x):
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def standard_deviation(s):
+    return F.softplus(s - 5)
+
+
+def log_standard_deviation(s, std):
+    """log(softplus(s - 5)). Far below zero softplus(x) is exp(x), whose logarithm is x itself."""
+    floor = -37.0  # exp(-37) is below the last bit of float64
+    return std.clamp(min=2.718281828459045**floor).log() + (s - 5 - floor).clamp(max=0)
+
+
 def cosines(x, proxies):
     """Cosine of each row of x [N, d] to each proxy [C, d]: [N, C]."""
     return l2_normalize(x) @ l2_normalize(proxies).T
 
 
-def log_std(s):
-    """log(softplus(s - 5)). Far below zero softplus(x) is exp(x), whose logarithm is x itself."""
-    x, floor = s - 5, -37.0  # exp(-37) is below the last bit of float64
-    return torch.where(x > floor, F.softplus(x.clamp(min=floor)).log(), x)
+class CosineTerms(torch.autograd.Function):
+    """Losses of the cosines between rows and proxies, each with its gradient in closed form.
+
+    x [T * B, d], proxies [C, d], and T terms: term t is a function of the cosines c [B, C] of the
+    t-th B rows that returns (loss, factor) and leaves its gradient / factor in c. One matrix
+    product serves all terms, and c is the only tensor of its size. Returns T scalars.
+    """
+
+    @staticmethod
+    def forward(ctx, x, proxies, *terms):
+        x_length, length = (
+            (torch.linalg.vecdot(v, v)[:, None] + 1e-12).sqrt() for v in (x, proxies)
+        )
+        x, proxies = x / x_length, proxies / length
+        c = x @ proxies.T
+        losses, factors = zip(*(term(part) for term, part in zip(terms, c.chunk(len(terms)))))
+        ctx.factors = factors
+        ctx.save_for_backward(x, x_length, proxies, length, c)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *outer):
+        x, x_length, proxies, length, c = ctx.saved_tensors
+        scale = torch.stack([g * factor for g, factor in zip(outer, ctx.factors)])  # [T]
+        scale = scale.repeat_interleave(len(x) // len(scale), output_size=len(x))[:, None]
+        grad_x = through_normalization(c @ proxies, x, x_length / scale)
+        grad_proxies = through_normalization(c.T @ (scale * x), proxies, length)
+        return grad_x, grad_proxies, *(None for _ in outer)
 
 
-def sample(head, noise):
-    """z = mu + std * eps with std = softplus(s - 5): [B, d]. Also returns log std [B, d]."""
-    mu, s = head.chunk(2, dim=1)
-    return mu + F.softplus(s - 5) * noise, log_std(s)
+def through_normalization(gradient, unit, length):
+    """Gradient of v from that of unit = v / length, in place: what is along v changes nothing."""
+    along = torch.linalg.vecdot(unit, gradient)[:, None]
+    return gradient.addcmul_(unit, along, value=-1).div_(length)
 
 
 class ProxyAnchor(nn.Module):
@@ -46,29 +82,55 @@ class ProxyAnchor(nn.Module):
     def forward(self, embeddings, labels):
         """embeddings [B, d] of any length, labels [B] -> scalar loss."""
         with torch.autocast(embeddings.device.type, enabled=False):
-            c = cosines(at_least_float32(embeddings), at_least_float32(self.proxies))
-            return self.from_cosines(c, labels)
+            (loss,) = CosineTerms.apply(
+                at_least_float32(embeddings), at_least_float32(self.proxies), self.term(labels)
+            )
+        return loss
 
-    def from_cosines(self, c, labels):
-        """c [B, C], labels [B] -> scalar loss."""
+    def term(self, labels):
+        """The loss as one of CosineTerms."""
         own = labels[:, None]  # differs: no one-hot targets, labels stay on the device
-        # A proxy's positives are the rows of its class, so sample by sample over [B, B] instead of
-        # proxy by proxy over [B, C]: a class of n samples has its term n times, at weight 1/n.
-        positive = -self.alpha * (c.gather(1, own) - self.margin)  # [B, 1]
-        same = own == labels
-        hidden = torch.finfo(c.dtype).min / 2  # as good as -inf, and its gradient is 0, not NaN
-        attract = _log1p_sum_exp(positive.T.masked_fill(~same, hidden), dim=1)
-        weight = 1 / same.sum(dim=1).to(c.dtype)
 
-        negative = (self.alpha * (c + self.margin)).scatter(1, own, hidden)
-        repel = _log1p_sum_exp(negative, dim=0)
-        return (attract * weight).sum() / weight.sum() + repel.mean()
+        def anchor(c):
+            # A proxy's positives are the rows of its class, so sample by sample over [B, B] and
+            # not proxy by proxy over [B, C]: a class of n samples is there n times, at weight 1/n.
+            positive = -self.alpha * (c.gather(1, own) - self.margin)  # [B, 1]
+            same = own == labels
+            total = positive.T.masked_fill(~same, -torch.inf).logsumexp(dim=1)
+            total = torch.logaddexp(total, torch.zeros_like(total))
+            weight = 1 / same.sum(dim=1).to(c.dtype)
+            attract = (total * weight).sum() / weight.sum()
+
+            factor = self.alpha / c.shape[1]
+            c.mul_(self.alpha).scatter_(1, own, -torch.inf)
+            top = (c.amax(dim=0) + self.alpha * self.margin).clamp(min=0)  # [C]
+            c.add_(self.alpha * self.margin - top).exp_()
+            sums = c.sum(dim=0) + (-top).exp()  # exp(-top) is the 1 of log(1 + ...)
+            repel = (top + sums.log()).mean()
+
+            c.div_(sums)
+            pull = (positive - total[:, None]).exp() / weight.sum()
+            c.scatter_(1, own, -self.alpha / factor * pull)
+            return attract + repel, factor
+
+        return anchor
 
 
-def _log1p_sum_exp(x, dim):
-    """log(1 + sum exp x), without overflow."""
-    total = x.logsumexp(dim)
-    return torch.logaddexp(total, torch.zeros_like(total))
+def softmax_term(scale, labels=None):
+    """Cross-entropy of scale * c against the labels, or, without them, against the uniform
+    distribution over all C classes; mean over the batch; as one of CosineTerms."""
+
+    def cross_entropy(c):
+        log_p = c.mul_(scale).log_softmax(dim=1)
+        torch.exp(log_p, out=c)
+        if labels is None:
+            c.sub_(1 / c.shape[1])
+            return -log_p.mean(), scale / len(c)
+        own = labels[:, None]
+        c.scatter_add_(1, own, torch.full_like(own, -1, dtype=c.dtype))
+        return -log_p.gather(1, own).mean(), scale / len(c)
+
+    return cross_entropy
 
 
 class DDML(nn.Module):
@@ -84,40 +146,31 @@ class DDML(nn.Module):
         """head, head_specific [B, 2d]; labels [B]; noise: the pair (eps, eps_specific), each
         [B, d] standard normal, drawn here when None -> total, {term's name: unweighted scalar}."""
         with torch.autocast(head.device.type, enabled=False):
-            head, head_specific = at_least_float32(head), at_least_float32(head_specific)
-            proxies = at_least_float32(self.metric_loss.proxies)
-            mu = head.chunk(2, dim=1)[0]
-            eps, eps_specific = (
+            mu, s = at_least_float32(head).chunk(2, dim=1)
+            mu_s, s_s = at_least_float32(head_specific).chunk(2, dim=1)
+            eps, eps_s = (
                 (torch.randn_like(mu), torch.randn_like(mu))
                 if noise is None
                 else (n.to(mu.dtype) for n in noise)
             )
-            z, _ = sample(head, eps)
-            z_s, log_std_s = sample(head_specific, eps_specific)
-            # one product for the three blocks of similarities
-            c, c_z, c_zs = cosines(torch.cat([mu, z, z_s]), proxies).chunk(3)  # each [B, C]
-
-            terms = {
-                "metric": self.metric_loss.from_cosines(c, labels),
-                "agnostic": uniform_cross_entropy(self.scale * c_z),
-                "specific": F.cross_entropy(self.scale * c_zs, labels),
-                "split": split(z_s, log_std_s, eps_specific),
-            }
-            total = (
-                terms["metric"]
-                + self.al * terms["agnostic"]
-                + self.be * terms["specific"]
-                + self.gam * terms["split"]
+            std_s = standard_deviation(s_s)
+            z = mu + standard_deviation(s) * eps
+            z_s = mu_s + std_s * eps_s
+            metric, agnostic, specific = CosineTerms.apply(
+                torch.cat([mu, z, z_s]),
+                at_least_float32(self.metric_loss.proxies),
+                self.metric_loss.term(labels),
+                softmax_term(self.scale),
+                softmax_term(self.scale, labels),
             )
-        return total, terms
+            split = kl_estimate(z_s, log_standard_deviation(s_s, std_s), eps_s)
+            total = metric + self.al * agnostic + self.be * specific + self.gam * split
+        return total, {
+            "metric": metric, "agnostic": agnostic, "specific": specific, "split": split
+        }  # fmt: skip
 
 
-def uniform_cross_entropy(logits):
-    """Cross-entropy against the uniform distribution over all C classes, mean over the batch."""
-    return (logits.logsumexp(dim=1) - logits.mean(dim=1)).mean()
-
-
-def split(z, log_std, eps):
+def kl_estimate(z, log_std, eps):
     """log N(z; mu, std^2) - log N(z; 0, I) at z = mu + std * eps, summed over d, batch mean."""
     # differs: written in eps, since (z - mu) / std loses every digit where std is tiny
-    return (0.5 * (z.square() - eps.square()) - log_std).sum(dim=1).mean()
+    return (0.5 * (z.square().sum() - eps.square().sum()) - log_std.sum()) / len(z)
