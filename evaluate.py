@@ -8,7 +8,7 @@ import torch
 import dataset
 from dataset.loader import batches, test_loader
 from dataset.transforms import test_transform
-from net import MODELS, create_model
+from net import MODELS, create_model, place
 from net.weights import load_strictly
 from utils import (
     Parser,
@@ -214,7 +214,7 @@ def main(argv=None):
     images = dataset.load(args.dataset, args.data_root, "test", transform)
     print(describe(f"{args.dataset} test", images))
     loader = test_loader(images, args.batch_size, args.workers, device)
-    recalls = evaluate(model.to(device), loader, device, dataset.ks(args.dataset))
+    recalls = evaluate(place(model, device), loader, device, dataset.ks(args.dataset))
 
     print(f"{args.resume} {args.remark}".strip())
     for k, recall in recalls.items():

@@ -255,7 +255,8 @@ def check_state(checkpoint, path):
             and partial["step"] >= 0
             and isinstance(partial.get("totals"), dict)
             and all(type(value) is float for value in partial["totals"].values())
-            and isinstance(partial.get("seconds"), float)
+            and isinstance(partial.get("seconds"), dict)
+            and all(type(partial["seconds"].get(what)) is float for what in ("data", "step"))
         )
     if not sound:
         raise UserError(f"{path}: its epoch, partial, history or args are not a training run's")

@@ -16,7 +16,7 @@ from dataset.loader import batches, test_loader, train_loader
 from dataset.transforms import test_transform, train_transform
 from evaluate import describe, evaluate
 from losses import DDML, ProxyAnchor
-from net import MODELS, create_model
+from net import MODELS, create_model, place
 from net.weights import load_strictly
 from runs import (
     Stop,
@@ -183,15 +183,23 @@ def train_step(model, criterion, optimizer, images, labels, noise=None):
 
 
 class StepLog:
-    """How far an epoch has come. Losses stay on the device until `fetch` waits for it."""
+    """How far an epoch has come. Losses stay on the device until `fetch` waits for it; `seconds`
+    are those spent waiting for data, and in steps."""
 
-    def __init__(self, epoch, step=0, totals=None, seconds=0.0):
-        self.epoch, self.step, self.totals, self.seconds = epoch, step, totals or {}, seconds
-        self.pending = []
+    def __init__(self, epoch, step=0, totals=None, seconds=None):
+        self.epoch, self.step, self.totals = epoch, step, totals or {}
+        self.seconds = seconds or {"data": 0.0, "step": 0.0}
+        self.pending, self.clock = [], time.perf_counter()
 
     def add(self, values):
         self.pending.append(values)
         self.step += 1
+
+    def tick(self, what):
+        """Book the time since the last tick."""
+        now = time.perf_counter()
+        self.seconds[what] += now - self.clock
+        self.clock = now
 
     def fetch(self):
         """Add up what is pending. Raises FloatingPointError where a value is not finite."""
@@ -220,7 +228,9 @@ def train_epoch(training, loader, log, after_step):
     model, device, seed = training.model, training.device, training.args.seed
     loader.batch_sampler.set_epoch(log.epoch, log.step)
     steps = progress(batches(loader, device), len(loader), f"epoch {log.epoch}")
+    log.clock = time.perf_counter()
     for images, labels in steps:
+        log.tick("data")
         noise = None
         if model.disent:
             shape = (len(labels), model.embedding_size)
@@ -229,6 +239,7 @@ def train_epoch(training, loader, log, after_step):
             train_step(model, training.criterion, training.optimizer, images, labels, noise)
         )
         after_step()
+        log.tick("step")
 
 
 class Training:
@@ -237,9 +248,10 @@ class Training:
     def __init__(self, args, num_classes, device, weights):
         torch.manual_seed(args.seed)
         self.args, self.device, self.history = args, device, []
-        self.model = create_model(
-            args.model, args.embedding_size, args.disent, args.l2_norm, weights
-        ).to(device)
+        self.model = place(
+            create_model(args.model, args.embedding_size, args.disent, args.l2_norm, weights),
+            device,
+        )
         self.criterion = build_criterion(args, num_classes).to(device)
         self.optimizer, self.scheduler = build_optimizer(args, self.model, self.criterion)
 
@@ -268,8 +280,7 @@ class Training:
 def run_epoch(training, trains, tests, log, run_folder, stop):
     """Train what is left of an epoch, evaluate, save. A signal interrupts the first two: what is
     done is saved before Interrupted goes on."""
-    args, started = training.args, time.perf_counter() - log.seconds
-    resumed_at = log.step
+    args = training.args
 
     def fetch():
         try:
@@ -285,7 +296,6 @@ def run_epoch(training, trains, tests, log, run_folder, stop):
 
     def save():
         fetch()
-        log.seconds = time.perf_counter() - started
         run_folder.save(training.state(log))
 
     def after_step():
@@ -300,19 +310,23 @@ def run_epoch(training, trains, tests, log, run_folder, stop):
         with stop.deferred():
             train_epoch(training, trains, log, after_step)
             fetch()
-        trained = time.perf_counter() - started - log.seconds
+        started = time.perf_counter()
         recalls = evaluate(training.model, tests, training.device, dataset.ks(args.dataset))
     except Interrupted:
         save()
         raise
+    evaluated = time.perf_counter() - started
+    trained = sum(log.seconds.values())
     with stop.deferred():
         record = {
             "epoch": log.epoch,
             **{name: log.totals[name] / len(trains) if name in log.totals else None
                for name in ("loss", *TERMS)},
             "lr": training.scheduler.get_last_lr()[0],
-            "seconds": time.perf_counter() - started,
-            "images_per_second": (log.step - resumed_at) * args.batch_size / trained,
+            "seconds": trained + evaluated,
+            **{f"seconds_{what}": seconds for what, seconds in log.seconds.items()},
+            "seconds_eval": evaluated,
+            "images_per_second": log.step * args.batch_size / trained,
             **{f"R@{k}": 100 * recall for k, recall in recalls.items()},
         }  # fmt: skip
         training.history.append(record)
@@ -400,7 +414,9 @@ def print_epoch(record):
     recalls = "  ".join(f"{key} {value:.2f}" for key, value in recalls_of(record).items())
     print(
         f"epoch {record['epoch']}  loss {record['loss']:.4f}  {recalls}  "
-        f"({record['seconds']:.1f} s, {record['images_per_second']:.0f} images/s)",
+        f"({record['seconds']:.1f} s: data {record['seconds_data']:.1f}, steps "
+        f"{record['seconds_step']:.1f}, evaluation {record['seconds_eval']:.1f}; "
+        f"{record['images_per_second']:.0f} images/s)",
         flush=True,
     )
 

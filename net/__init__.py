@@ -59,6 +59,14 @@ class EmbeddingNet(nn.Module):
         return l2_normalize(mu)
 
 
+def place(model, device):
+    """Move a network to where it runs. On a CPU, convolutions over channels-last maps are about
+    1.4 (training) to 1.8 (evaluation) times as fast: benchmarks/network.py."""
+    if device.type == "cpu":
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(device)
+
+
 def create_model(name, embedding_size, disent=False, l2_norm=True, weights=None):
     """Build a network; `weights` is None or "none" (random), "imagenet", or a checkpoint's path."""
     model = EmbeddingNet(MODELS[name](), embedding_size, disent, l2_norm)

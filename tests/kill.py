@@ -32,7 +32,7 @@ FLAGS = (
     "--dataset cub --weights none --image-size 32 --batch-size 8 --embedding-size 8 "
     "--wandb disabled --disent True --al 1 --be 0.1 --gam 1e-5 --bn-freeze 0 --checkpoint-every 1 "
 )
-TIMES = {"seconds", "images_per_second"}
+TIMES = {"seconds", "seconds_data", "seconds_step", "seconds_eval", "images_per_second"}
 
 
 def at_call(patch, names, n, action):

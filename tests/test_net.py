@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from net import create_model, l2_normalize, weights
+from net import create_model, l2_normalize, place, weights
 from utils import UserError
 
 D = 8
@@ -57,6 +57,14 @@ def test_without_l2_norm_the_specific_head_reads_the_same_vector(disent):
 def test_rows_of_any_precision_are_normalised_without_overflow(dtype, value, norm):
     x = l2_normalize(torch.full((1, 1024), value, dtype=dtype))
     assert x.dtype == dtype and x.float().norm().item() == pytest.approx(norm, rel=1e-2)
+
+
+def test_a_placed_network_computes_the_same(disent):
+    placed = create_model("bn_inception", D, disent=True).eval()
+    placed.load_state_dict(disent.state_dict())
+    placed = place(placed, torch.device("cpu"))
+    assert placed.model.conv2_3x3.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(placed.embed(IMAGES), disent.embed(IMAGES), rtol=1e-4, atol=1e-5)
 
 
 def test_heads_start_kaiming_normal_with_zero_bias():
