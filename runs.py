@@ -29,7 +29,7 @@ from utils import (
 FREE_ON_RESUME = {"epochs", "workers", "gpu_id", "data_root", "LOG_DIR", "wandb", "resume",
                   "overwrite", "checkpoint_every"}  # fmt: skip
 PARTS = {"model_state_dict", "criterion_state_dict", "optimizer_state_dict",
-         "scheduler_state_dict", "epoch", "partial", "args", "history"}  # fmt: skip
+         "scheduler_state_dict", "epoch", "partial", "args", "history", "data"}  # fmt: skip
 
 
 class RunFolder:
@@ -75,7 +75,10 @@ class RunFolder:
                 leftover.unlink()
             if new and self.in_use() and not args.overwrite:
                 raise UserError(f"{self.folder}: another process has just finished this run")
-            return {} if new or not self.args.exists() else json.loads(self.args.read_text())
+            record = {} if new or not self.args.exists() else json.loads(self.args.read_text())
+            if not isinstance(record, dict) or not isinstance(record.get("resumed", []), list):
+                raise ValueError("not what we write")
+            return record
         except OSError as error:
             raise UserError(f"{self.folder}: {error.strerror}") from error
         except ValueError:
@@ -84,9 +87,11 @@ class RunFolder:
     def start(self, record, history):
         """Write args.json and the results so far; a new run (history None) first removes what is
         left of another."""
-        if history is None:
-            for file in self.files:
+        try:
+            for file in self.files if history is None else []:
                 file.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be removed ({error.strerror})") from error
         write_json(self.args, record)
         self.write_results(history or [])
 
@@ -114,9 +119,14 @@ class RunFolder:
         existing = [path for path in (self.last, self.previous, self.best) if path.exists()]
         for path in existing:
             try:
-                return path, read_checkpoint(path)
+                checkpoint = read_checkpoint(path)
             except UserError as error:
                 warn(f"{error}; trying the checkpoint before it")
+                continue
+            if path != self.last and self.last.exists():
+                # else the next save would keep the damaged one, in the place of the good one
+                os.replace(self.last, f"{self.last}.damaged")
+            return path, checkpoint
         if existing:
             raise UserError(f"--resume: no checkpoint in {self.folder} can be read")
         return None
@@ -242,6 +252,7 @@ def check_state(checkpoint, path):
             isinstance(record, dict)
             and record.get("epoch") == i
             and isinstance(record.get("R@1"), numbers)
+            and all(isinstance(value, numbers) for value in recalls_of(record).values())
             and all(isinstance(value, (*numbers, type(None))) for value in record.values())
             for i, record in enumerate(history)
         )
@@ -254,6 +265,7 @@ def check_state(checkpoint, path):
             and type(partial.get("step")) is int
             and partial["step"] >= 0
             and isinstance(partial.get("totals"), dict)
+            and (partial["step"] == 0 or "loss" in partial["totals"])
             and all(type(value) is float for value in partial["totals"].values())
             and isinstance(partial.get("seconds"), dict)
             and all(type(partial["seconds"].get(what)) is float for what in ("data", "step"))

@@ -3,6 +3,7 @@
 The flags are the published script's; README.md has its three commands.
 """
 
+import hashlib
 import math
 import os
 import time
@@ -245,9 +246,9 @@ def train_epoch(training, loader, log, after_step):
 class Training:
     """What an epoch changes and a checkpoint holds."""
 
-    def __init__(self, args, num_classes, device, weights):
+    def __init__(self, args, num_classes, device, weights, data=None):
         torch.manual_seed(args.seed)
-        self.args, self.device, self.history = args, device, []
+        self.args, self.device, self.data, self.history = args, device, data, []
         self.model = place(
             create_model(args.model, args.embedding_size, args.disent, args.l2_norm, weights),
             device,
@@ -268,9 +269,15 @@ class Training:
             "seed": self.args.seed,
             "args": vars(self.args),
             "history": self.history,
+            "data": self.data,  # which images: with other ones it is another run
         }
 
     def load(self, checkpoint, path):
+        if checkpoint["data"] != self.data:
+            raise UserError(
+                f"{path}: the run was started with other images than those in --data-root "
+                f"{self.args.data_root}, so it cannot be continued with them"
+            )
         load_strictly(self.model, checkpoint["model_state_dict"], path)
         load_strictly(self.criterion, checkpoint["criterion_state_dict"], path)
         restore(self.optimizer, self.scheduler, checkpoint, path)
@@ -359,6 +366,15 @@ def load_images(args):
     return train, test
 
 
+def fingerprint(*splits):
+    """A digest of the images' names and labels, wherever the data root is."""
+    digest = hashlib.sha256()
+    for images in splits:
+        for path, label in zip(images.paths, images.labels.tolist()):
+            digest.update(f"{'/'.join(path.split('/')[-2:])} {label}\n".encode(errors="replace"))
+    return digest.hexdigest()
+
+
 def main(argv=None):
     parser = build_parser()
     args, given = given_flags(parser, argv)
@@ -377,7 +393,8 @@ def main(argv=None):
         torch.use_deterministic_algorithms(True, warn_only=True)
     train, test = load_images(args)
 
-    training = Training(args, train.num_classes, device, None if checkpoint else args.weights)
+    weights = None if checkpoint else args.weights
+    training = Training(args, train.num_classes, device, weights, fingerprint(train, test))
     log = StepLog(done)
     if checkpoint:
         training.load(checkpoint, args.resume or run_folder.folder)
@@ -385,6 +402,8 @@ def main(argv=None):
     batching = {"workers": args.workers, "device": device}
     trains = train_loader(train, args.batch_size, args.seed, images_per_class=args.IPC, **batching)
     tests = test_loader(test, args.batch_size, **batching)
+    if log.step > len(trains):
+        raise UserError(f"{args.resume or run_folder.folder}: step {log.step} is beyond the epoch")
 
     record = run_folder.claim(args, new=args.resume is None)
     run_id = record.get("wandb_id")

@@ -26,7 +26,7 @@ class Interrupted(BaseException):
     """A signal arrived; like KeyboardInterrupt it is no error, and no `except Exception` takes it.
     `note` says what became of the work."""
 
-    def __init__(self, number, note=""):
+    def __init__(self, number, note="nothing new was saved"):
         self.number, self.note = number, note
 
 

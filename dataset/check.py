@@ -14,6 +14,8 @@ from utils import Parser, UserError, at_least, plural, progress, run
 
 def look_at(path):
     """(SHA-256 of the file or None, what is wrong with the image or None)."""
+    if not os.path.isfile(path):
+        return None, f"{path}: not a file"
     try:
         with open(path, "rb") as file:
             digest = hashlib.sha256(file.read()).hexdigest()

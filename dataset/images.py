@@ -36,6 +36,8 @@ class ImageSet(Dataset):
 def read_image(path):
     """Any image file as RGB: grayscale, palette, RGBA and CMYK are converted."""
     try:
+        if not os.path.isfile(path):  # opening a pipe would wait forever
+            raise ValueError("not a file")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:

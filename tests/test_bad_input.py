@@ -326,6 +326,7 @@ CHECKPOINTS = [
     (TRAIN,     put("history", []),                              "are not a training run's"),
     (TRAIN,     put("history", [{"epoch": 0, "R@1": "best"}]),   "are not a training run's"),
     (TRAIN,     put("partial", {"step": -1}),                    "are not a training run's"),
+    (TRAIN,     put("history", [{"epoch": 0, "R@1": 1.0, "R@2": None}]), "not a training run's"),
     (TRAIN,     put("args", [1]),                                "are not a training run's"),
     (TRAIN,     flag("lr", float("nan")),                        "stored flags are not valid"),
     (TRAIN,     flag("nonsense", 1),                             "stored flags are not valid"),

@@ -93,6 +93,33 @@ def test_a_flipped_bit_anywhere_is_found_and_the_checkpoint_before_is_used(saved
     assert f"{folder.last}: not a checkpoint that can be read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("n", range(12))
+def test_the_good_checkpoint_outlives_a_failed_save_after_a_damaged_one(saved, monkeypatch, n):
+    folder, checkpoint = saved
+    folder.best.unlink()
+    folder.last.write_bytes(b"damaged")
+    path, good = folder.newest_checkpoint()
+    assert path == folder.previous
+
+    def fail():
+        raise OSError(errno.EIO, "I/O error")
+
+    with monkeypatch.context() as patch:
+        kill.at_call(patch.setattr, CALLS, n, fail)
+        try:
+            folder.save(checkpoint)
+        except UserError:
+            pass
+    assert folder.newest_checkpoint()[1]["epoch"] in (good["epoch"], checkpoint["epoch"])
+
+
+def test_a_run_is_not_continued_with_other_images(here, capsys):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--epochs 1"))
+    next((here / "data").rglob("Bird_0005.jpg")).unlink()
+    assert "started with other images" in fails(TINY + "--resume", capsys)
+
+
 def test_a_truncated_checkpoint_is_found_at_any_length(saved):
     folder, _ = saved
     data = folder.last.read_bytes()
