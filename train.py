@@ -405,12 +405,12 @@ def main(argv=None):
     if log.step > len(trains):
         raise UserError(f"{args.resume or run_folder.folder}: step {log.step} is beyond the epoch")
 
-    record = run_folder.claim(args, new=args.resume is None)
+    record = run_folder.claim(args, new=checkpoint is None)
     run_id = record.get("wandb_id")
     with track(args, mode, run_folder.folder, run_id) as wandb_run, Stop() as stop:
         process = describe_process(argv, device)
         record = {**process, "flags": vars(args), "resumed": [], **record}
-        if args.resume is not None:
+        if checkpoint:
             record["resumed"].append(process)
         record["wandb_id"] = wandb_run.id if wandb_run else run_id
         run_folder.start(record, training.history if checkpoint else None)
