@@ -3,29 +3,52 @@
 import math
 from pathlib import Path
 
-import torch
-
 import dataset
-from dataset.loader import batches, test_loader
-from dataset.transforms import test_transform
-from net import MODELS, create_model, place
-from net.weights import load_strictly
-from utils import (
+from cli import (
+    MODELS,
     Parser,
     UserError,
     at_least,
     boolean,
-    choose_device,
+    check_flags,
     given_flags,
     image_size,
     parse_stored,
     plural,
     progress,
-    read_checkpoint,
     run,
     warn,
-    write_json,
 )
+
+
+def build_parser():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--resume", required=True, metavar="CHECKPOINT", help="published, or one of train.py's")
+    add("--dataset", default="cub", type=dataset.canonical_name, help="cub, car, SOP, demo")
+    add("--data-root", default="./data", help="folder of the extracted data sets")
+    add("--model", default="bn_inception", choices=MODELS)
+    add("--embedding-size", default=512, type=at_least(1), help="d")
+    add("--l2-norm", default=True, type=boolean, help="the heads are L2-normalised")
+    add("--image-size", default=224, type=image_size, help="pixels; resized to 256/224 of it")
+    add("--batch-size", default=150, type=at_least(1))
+    add("--gpu-id", default=0, type=at_least(-1))
+    add("--workers", default=4, type=at_least(0), help="processes that load images")
+    add("--remark", default="", help="printed with the result")
+    add("--json", metavar="PATH", help="also write the recalls, in per cent, to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    check_flags(build_parser)
+
+import torch
+
+from dataset.loader import batches, test_loader
+from dataset.transforms import test_transform
+from net import create_model, place
+from net.weights import load_strictly
+from utils import choose_device, read_checkpoint, write_json
 
 
 @torch.no_grad()
@@ -159,24 +182,6 @@ def describe(name, images):
     chance = (counts * (counts - 1)).sum() / len(images) / max(len(images) - 1, 1)
     found = f"{plural(len(images), 'image')} of {plural(images.num_classes, 'class')}"
     return f"{name}: {found} (R@1 by chance: {100 * chance:.1f} %)"
-
-
-def build_parser():
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("--resume", required=True, metavar="CHECKPOINT", help="published, or one of train.py's")
-    add("--dataset", default="cub", type=dataset.canonical_name, help="cub, car, SOP, demo")
-    add("--data-root", default="./data", help="folder of the extracted data sets")
-    add("--model", default="bn_inception", choices=MODELS)
-    add("--embedding-size", default=512, type=at_least(1), help="d")
-    add("--l2-norm", default=True, type=boolean, help="the heads are L2-normalised")
-    add("--image-size", default=224, type=image_size, help="pixels; resized to 256/224 of it")
-    add("--batch-size", default=150, type=at_least(1))
-    add("--gpu-id", default=0, type=at_least(-1))
-    add("--workers", default=4, type=at_least(0), help="processes that load images")
-    add("--remark", default="", help="printed with the result")
-    add("--json", metavar="PATH", help="also write the recalls, in per cent, to this file")
-    return parser
 
 
 def resolve_flags(parser, argv):

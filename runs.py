@@ -1,29 +1,21 @@
-"""A run's folder: its checkpoints, what is continued after an interruption, signals, wandb."""
+"""A run's folder: its checkpoints, its results, and what is continued after an interruption."""
 
-import contextlib
 import fcntl
 import json
-import netrc
 import os
 import platform
 import shlex
-import signal
 import sys
+import warnings
 from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
 
-from utils import (
-    Interrupted,
-    UserError,
-    parse_stored,
-    read_checkpoint,
-    warn,
-    write_atomically,
-    write_checkpoint,
-    write_json,
-)
+from cli import UserError, parse_stored, warn
+from utils import read_checkpoint, write_atomically, write_checkpoint, write_json
+
+# The optimiser of a continued run has made its steps in another process.
+warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step()` before")
 
 # Flags that may differ when a run is continued: they do not change what is computed.
 FREE_ON_RESUME = {"epochs", "workers", "gpu_id", "data_root", "LOG_DIR", "wandb", "resume",
@@ -125,7 +117,10 @@ class RunFolder:
                 continue
             if path != self.last and self.last.exists():
                 # else the next save would keep the damaged one, in the place of the good one
-                os.replace(self.last, f"{self.last}.damaged")
+                try:
+                    os.replace(self.last, f"{self.last}.damaged")
+                except OSError as error:
+                    raise UserError(f"{self.last}: cannot be renamed ({error.strerror})") from error
             return path, checkpoint
         if existing:
             raise UserError(f"--resume: no checkpoint in {self.folder} can be read")
@@ -171,8 +166,6 @@ def summary(history):
 
 def open_run(parser, args, given):
     """(flags, RunFolder, checkpoint or None): where to write, and what to continue from."""
-    if "/" in args.remark or "\0" in args.remark:
-        raise UserError(f"--remark {args.remark}: it ends a folder's name and cannot hold a /")
     if len(os.fsencode(run_folder_path(args).name)) > 255:
         raise UserError(f"--remark {args.remark}: too long, it ends a folder's name")
     if args.resume is None:
@@ -184,8 +177,6 @@ def open_run(parser, args, given):
                 "with --overwrite, or name another with --remark"
             )
         return args, run_folder, None
-    if args.overwrite:
-        raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
     if args.resume:
         checkpoint = read_checkpoint(args.resume)
         args = merge_flags(parser, args, given, checkpoint, args.resume)
@@ -275,16 +266,51 @@ def check_state(checkpoint, path):
 
 
 def restore(optimizer, scheduler, checkpoint, path):
-    """Load the optimiser's and the scheduler's state; a state of another network is refused."""
+    """Step the scheduler as far as the run has come and load the optimiser's tensors. What the
+    flags determine, such as learning rates, is not taken from the file, but has to agree."""
+    for _ in checkpoint["history"]:
+        scheduler.step()
+    groups = optimizer.state_dict()["param_groups"]
     try:
-        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-        scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
-        for parameter, state in optimizer.state.items():
-            for name, value in state.items():
-                if torch.is_tensor(value) and value.shape not in ((), parameter.shape):
-                    raise ValueError(f"{name} is {tuple(value.shape)}, not {parameter.shape}")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        stored = checkpoint["optimizer_state_dict"]
+        require_agreement(scheduler.state_dict(), checkpoint["scheduler_state_dict"])
+        for ours, theirs in zip(groups, stored["param_groups"], strict=True):
+            require_agreement(ours, theirs)
+        require_tensors(optimizer, stored["state"])
+        optimizer.load_state_dict({"state": stored["state"], "param_groups": groups})
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not this network's optimiser or scheduler ({error})") from error
+
+
+def require_agreement(ours, theirs):
+    for name in ours.keys() & theirs.keys():  # another version of torch may have others too
+        if repr(ours[name]) != repr(theirs[name]):
+            raise ValueError(f"{name} is {theirs[name]!r}, not {ours[name]!r}")
+
+
+def require_tensors(optimizer, state):
+    """Refuse a `state` {parameter's number: {name: tensor}} that `optimizer` has not written."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    like = state_after_a_step(optimizer)
+    for number, tensors in state.items():
+        if tensors.keys() != like.keys():
+            raise ValueError(f"it has {', '.join(tensors)}, not {', '.join(like)}")
+        for name, tensor in tensors.items():
+            shape = parameters[number].shape if like[name].dim() else ()
+            if tensor.shape != shape or not tensor.is_floating_point():
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {shape}")
+            if shape == () and not tensor >= 0:
+                raise ValueError(f"{name} is {tensor}")
+
+
+def state_after_a_step(optimizer):
+    """{name: tensor} that an optimiser of this kind keeps of a parameter [1]."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    scratch = type(optimizer)([parameter])
+    scratch.param_groups[0].update({**optimizer.param_groups[0], "params": [parameter]})
+    scratch.step()
+    return scratch.state[parameter]
 
 
 def describe_process(argv, device):
@@ -298,120 +324,15 @@ def describe_process(argv, device):
             **{name: sys.modules[name].__version__ for name in ("torch", "torchvision", "numpy")},
         },
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})",
+        "threads": torch.get_num_threads(),
     }
 
 
-# --- signals --------------------------------------------------------------------------------
-
-
-class Stop:
-    """SIGTERM and Ctrl-C, in a `with`: raise Interrupted, or while `deferred` leave it to `check`
-    to do so; a second signal ends the process at once."""
-
-    def __init__(self):
-        self.signal, self.wait, self.former = None, False, {}
-
-    def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.former[number] = signal.signal(number, self.handle)
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self.former.items():
-            signal.signal(number, handler)
-
-    def handle(self, number, frame):
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
-        if not self.wait:
-            raise Interrupted(number)
-
-    @contextlib.contextmanager
-    def deferred(self):
-        """In here a signal takes effect only where `check` is called, and at the end."""
-        self.wait = True
-        try:
-            yield
-        finally:
-            self.wait = False
-        self.check()
-
-    def check(self):
-        if self.signal is not None:
-            raise Interrupted(self.signal)
-
-
-# --- wandb ----------------------------------------------------------------------------------
-
-
-WANDB_MODES = {"online": "online", "offline": "offline", "disabled": "disabled",
-               "run": "online", "dryrun": "offline"}  # fmt: skip
-
-
-def wandb_mode(requested):
-    """`auto` is online with an account and offline without one; nobody is ever asked for a key
-    (differs: the script wants an account)."""
-    if requested == "auto" and os.environ.get("WANDB_MODE"):
-        mode = os.environ["WANDB_MODE"]
-        if mode not in WANDB_MODES:
-            raise UserError(f"WANDB_MODE={mode}: choose from {', '.join(WANDB_MODES)}")
-        return WANDB_MODES[mode]
-    if requested == "auto":
-        return "online" if has_wandb_account() else "offline"
-    if requested == "online" and not has_wandb_account():
-        raise UserError(
-            "--wandb online: no account on this machine; run `wandb login`, set WANDB_API_KEY, "
-            "or use --wandb offline"
-        )
-    return requested
-
-
-def has_wandb_account():
-    """Whether there is a key for the server that wandb would use; asks nobody for one."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    import wandb
-
-    url = urlparse(wandb.Settings().base_url)
-    try:
-        known = netrc.netrc(os.environ.get("NETRC"))
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return any(known.authenticators(host) for host in (url.hostname, url.netloc))
-
-
-@contextlib.contextmanager
-def track(args, mode, folder, run_id):
-    """The wandb run, new or with `run_id` continued; None, and wandb is not imported, if mode is
-    `disabled`. An exception ends it as failed, without wandb printing a traceback of its own."""
-    if mode == "disabled":
-        yield None
-        return
-    run = start_wandb(args, mode, folder, run_id)
-    try:
-        yield run
-    except BaseException:
-        run.finish(exit_code=1)
-        raise
-    run.finish()
-
-
-def start_wandb(args, mode, folder, run_id):
-    import wandb
-
-    settings = {
-        "project": f"{args.dataset}_DDML+PA", "name": folder.name, "dir": str(folder),
-        "config": vars(args),
-    }  # fmt: skip
-    try:
-        return wandb.init(
-            mode=mode, id=run_id, resume="allow" if run_id else None,
-            settings=wandb.Settings(init_timeout=30), **settings,
-        )  # fmt: skip
-    except wandb.errors.Error as error:
-        if args.wandb == "online":
-            raise UserError(f"--wandb online: {error}; use --wandb offline") from error
-        warn(f"wandb cannot be reached, logging offline ({' '.join(str(error).split())})")
-        wandb.teardown()  # the failed attempt still holds its run
-        return wandb.init(mode="offline", **settings)
+def warn_of_other_bits(record, process):
+    """Where a run is continued by other means than it was started with: `record` is args.json's."""
+    for what in ("versions", "device", "threads"):
+        if record.get(what) != process[what]:
+            warn(
+                f"this run was started with {what} {record.get(what)} and continues with "
+                f"{process[what]}: its numbers may differ in the last digits"
+            )

@@ -8,47 +8,30 @@ import math
 import os
 import time
 
-import torch
-from torch import nn
-from torch.nn.utils import clip_grad_value_, get_total_norm
-
 import dataset
-from dataset.loader import batches, test_loader, train_loader
-from dataset.transforms import test_transform, train_transform
-from evaluate import describe, evaluate
-from losses import DDML, ProxyAnchor
-from net import MODELS, create_model, place
-from net.weights import load_strictly
-from runs import (
-    Stop,
-    describe_process,
-    open_run,
-    recalls_of,
-    restore,
-    summary,
-    track,
-    wandb_mode,
-)
-from utils import (
+from cli import (
+    MODELS,
     Interrupted,
     Parser,
+    Stop,
     UserError,
     at_least,
     boolean,
-    choose_device,
-    generator,
+    check_flags,
     given_flags,
     image_size,
+    name_part,
     progress,
     run,
     warn,
 )
 
-TERMS = ("metric", "agnostic", "specific", "split")
-CLIP_VALUE = 10
-PROXY_LR_FACTOR = 100
-NOISE = 2  # stream of random numbers, beside the loader's
-FETCH_EVERY = 50  # steps between two looks at the losses, each of which waits for the device
+OPTIMIZERS = {  # classes of torch.optim, and what the published script gives them
+    "sgd": ("SGD", {"momentum": 0.9, "nesterov": True}),
+    "adam": ("Adam", {}),
+    "rmsprop": ("RMSprop", {"alpha": 0.9, "momentum": 0.9}),
+    "adamw": ("AdamW", {}),
+}
 
 
 def build_parser():
@@ -92,10 +75,12 @@ def build_parser():
 
     add = parser.add_argument_group("run").add_argument
     add("--LOG_DIR", default="./logs", help="run folders are made in here")  # differs: ../logs
-    add("--remark", default="", help="ends the run folder's name")
-    add("--resume", nargs="?", const="", metavar="PATH",
-        help="continue the run of these flags, or of this checkpoint")  # fmt: skip
-    add("--overwrite", action="store_true", help="start anew where the run folder holds a run")
+    add("--remark", default="", type=name_part, help="ends the run folder's name")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--resume", nargs="?", const="", metavar="PATH",
+                        help="continue the run of these flags, or of this checkpoint")  # fmt: skip
+    either.add_argument("--overwrite", action="store_true",
+                        help="start anew where the run folder holds a run")  # fmt: skip
     add("--checkpoint-every", type=at_least(1), metavar="N",
         help="save every N steps too, not at the end of epochs alone")  # fmt: skip
     add("--wandb", default="auto", choices=["auto", "online", "offline", "disabled"],
@@ -103,12 +88,28 @@ def build_parser():
     return parser
 
 
-OPTIMIZERS = {
-    "sgd": lambda groups, **kw: torch.optim.SGD(groups, momentum=0.9, nesterov=True, **kw),
-    "adam": torch.optim.Adam,
-    "rmsprop": lambda groups, **kw: torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, **kw),
-    "adamw": torch.optim.AdamW,
-}
+if __name__ == "__main__":
+    check_flags(build_parser)
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_value_, get_total_norm
+
+from dataset.loader import batches, test_loader, train_loader
+from dataset.transforms import test_transform, train_transform
+from evaluate import describe, evaluate
+from losses import DDML, ProxyAnchor
+from net import create_model, place
+from net.weights import load_strictly
+from runs import describe_process, open_run, recalls_of, restore, summary, warn_of_other_bits
+from tracking import track, wandb_mode
+from utils import choose_device, generator
+
+TERMS = ("metric", "agnostic", "specific", "split")
+CLIP_VALUE = 10
+PROXY_LR_FACTOR = 100
+NOISE = 2  # stream of random numbers, beside the loader's
+FETCH_EVERY = 50  # steps between two looks at the losses, each of which waits for the device
 
 
 # --- the recipe -----------------------------------------------------------------------------
@@ -133,7 +134,10 @@ def parameter_groups(model, criterion, lr):
 
 def build_optimizer(args, model, criterion):
     groups = parameter_groups(model, criterion, args.lr)
-    optimizer = OPTIMIZERS[args.optimizer](groups, lr=args.lr, weight_decay=args.weight_decay)
+    name, settings = OPTIMIZERS[args.optimizer]
+    optimizer = getattr(torch.optim, name)(
+        groups, lr=args.lr, weight_decay=args.weight_decay, **settings
+    )
     scheduler = torch.optim.lr_scheduler.StepLR(
         optimizer, step_size=args.lr_decay_step, gamma=args.lr_decay_gamma
     )
@@ -236,9 +240,7 @@ def train_epoch(training, loader, log, after_step):
         if model.disent:
             shape = (len(labels), model.embedding_size)
             noise = loss_noise(seed, log.epoch, log.step, shape, device)
-        log.add(
-            train_step(model, training.criterion, training.optimizer, images, labels, noise)
-        )
+        log.add(train_step(model, training.criterion, training.optimizer, images, labels, noise))
         after_step()
         log.tick("step")
 
@@ -285,8 +287,8 @@ class Training:
 
 
 def run_epoch(training, trains, tests, log, run_folder, stop):
-    """Train what is left of an epoch, evaluate, save. A signal interrupts the first two: what is
-    done is saved before Interrupted goes on."""
+    """Train what is left of an epoch, evaluate, save; the epoch's record. A signal interrupts the
+    first two: what is done is saved before Interrupted goes on."""
     args = training.args
 
     def fetch():
@@ -312,20 +314,9 @@ def run_epoch(training, trains, tests, log, run_folder, stop):
         elif log.step % FETCH_EVERY == 0:
             fetch()
 
-    prepare_epoch(training.model, log.epoch, args.warm, args.bn_freeze)
-    try:
-        with stop.deferred():
-            train_epoch(training, trains, log, after_step)
-            fetch()
-        started = time.perf_counter()
-        recalls = evaluate(training.model, tests, training.device, dataset.ks(args.dataset))
-    except Interrupted:
-        save()
-        raise
-    evaluated = time.perf_counter() - started
-    trained = sum(log.seconds.values())
-    with stop.deferred():
-        record = {
+    def finish(recalls, evaluated):
+        trained = sum(log.seconds.values())
+        training.history.append({
             "epoch": log.epoch,
             **{name: log.totals[name] / len(trains) if name in log.totals else None
                for name in ("loss", *TERMS)},
@@ -335,11 +326,24 @@ def run_epoch(training, trains, tests, log, run_folder, stop):
             "seconds_eval": evaluated,
             "images_per_second": log.step * args.batch_size / trained,
             **{f"R@{k}": 100 * recall for k, recall in recalls.items()},
-        }  # fmt: skip
-        training.history.append(record)
+        })  # fmt: skip
         training.scheduler.step()
         run_folder.save_epoch(training.state())
-    return record
+
+    prepare_epoch(training.model, log.epoch, args.warm, args.bn_freeze)
+    try:
+        with stop.deferred():
+            train_epoch(training, trains, log, after_step)
+            fetch()
+        started = time.perf_counter()
+        recalls = evaluate(training.model, tests, training.device, dataset.ks(args.dataset))
+        with stop.deferred():
+            finish(recalls, time.perf_counter() - started)
+    except Interrupted:
+        if len(training.history) == log.epoch:  # else the epoch is finished, and saved
+            save()
+        raise
+    return training.history[-1]
 
 
 # --- the program ----------------------------------------------------------------------------
@@ -407,14 +411,16 @@ def main(argv=None):
 
     record = run_folder.claim(args, new=checkpoint is None)
     run_id = record.get("wandb_id")
-    with track(args, mode, run_folder.folder, run_id) as wandb_run, Stop() as stop:
-        process = describe_process(argv, device)
+    process = describe_process(argv, device)
+    with Stop() as stop, track(args, mode, run_folder.folder, run_id) as wandb_run:
         record = {**process, "flags": vars(args), "resumed": [], **record}
         if checkpoint:
+            warn_of_other_bits(record, process)
             record["resumed"].append(process)
         record["wandb_id"] = wandb_run.id if wandb_run else run_id
-        run_folder.start(record, training.history if checkpoint else None)
         try:
+            with stop.deferred():
+                run_folder.start(record, training.history if checkpoint else None)
             while log.epoch < args.epochs:
                 record = run_epoch(training, trains, tests, log, run_folder, stop)
                 print_epoch(record)
@@ -423,7 +429,8 @@ def main(argv=None):
                     wandb_run.log({"loss": record["loss"], **fractions}, step=log.epoch)
                 log = StepLog(log.epoch + 1)
         except Interrupted as interrupted:
-            interrupted.note = f"continue with: python train.py --resume {run_folder.last}"
+            if run_folder.last.exists():
+                interrupted.note = f"continue with: python train.py --resume {run_folder.last}"
             raise
     print(summary(training.history), end="")
     print(f"run folder: {run_folder.folder}")

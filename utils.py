@@ -1,143 +1,18 @@
-"""What every script shares: user errors, seeded generators, files that cannot be torn."""
+"""What training and evaluation share: seeded generators, the device, files that cannot be torn."""
 
-import argparse
 import contextlib
 import hashlib
 import io
 import json
 import os
-import signal
-import sys
-import time
 import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-
-class UserError(Exception):
-    """Something the user can mend; `run` prints it as one line and exits with status 2."""
-
-
-class Interrupted(BaseException):
-    """A signal arrived; like KeyboardInterrupt it is no error, and no `except Exception` takes it.
-    `note` says what became of the work."""
-
-    def __init__(self, number, note="nothing new was saved"):
-        self.number, self.note = number, note
-
-
-def run(main):
-    """Call `main` as a script: user errors become one line, our own bugs keep their traceback."""
-    name = Path(sys.argv[0]).name
-    try:
-        status = main()
-    except UserError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    except BrokenPipeError:  # whoever read our output, as in `| head`, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        status = 128 + signal.SIGINT
-    except Interrupted as stop:
-        print(f"{name}: {signal.Signals(stop.number).name}: {stop.note}", file=sys.stderr)
-        status = 128 + stop.number
-    sys.exit(status)
-
-
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-def plural(count, word):
-    """`1 class`, `2,000 images`."""
-    many = f"{word[:-1]}ies" if word.endswith("y") else f"{word}{'es' if word[-1] == 's' else 's'}"
-    return f"{count:,} {word if count == 1 else many}"
-
-
-def progress(iterable, total, label):
-    """A tqdm bar on a terminal; elsewhere a plain line every half minute."""
-    if sys.stderr.isatty():
-        yield from tqdm(iterable, label, total, leave=False)
-        return
-    last = time.monotonic()
-    for done, item in enumerate(iterable, start=1):
-        yield item
-        if time.monotonic() - last > 30:
-            last = time.monotonic()
-            print(f"{label}: {done}/{total}", file=sys.stderr, flush=True)
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and that knows no abbreviated flags."""
-
-    def __init__(self, **kwargs):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
-
-    def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")
-
-
-def given_flags(parser, argv):
-    """All flags as a namespace, and {name: value} of those that the command line gives."""
-    args = parser.parse_args(argv)
-    unset = object()
-    absent = argparse.Namespace(**dict.fromkeys(vars(args), unset))
-    parsed = vars(parser.parse_args(argv, absent))
-    return args, {name: value for name, value in parsed.items() if value is not unset}
-
-
-def boolean(text):
-    """argparse type: true/false, 1/0, yes/no in any case."""
-    # differs: `bool("False")`, the published type, is True
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    try:
-        return values[text.lower()]
-    except KeyError:
-        raise ValueError(text) from None  # argparse names the flag and the value
-
-
-def at_least(low, kind=int):
-    """argparse type: a number no smaller than `low`, and not beyond all use."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= (2**63 if kind is int else 1e9):
-            raise ValueError(text)
-        return value
-
-    parse.__name__ = f"number (at least {low})"
-    return parse
-
-
-def parse_stored(parser, flags, path, required=()):
-    """The flags stored in a checkpoint, as a namespace, held to the same rules as typed ones."""
-    argv = list(required)
-    for name, value in flags.items():
-        if value is not None and name not in ("resume", "overwrite"):  # they are no settings
-            flag = name.replace("_", "-") if str(name).islower() else name  # LOG_DIR, IPC
-            argv.append(f"--{flag}={value}")
-    try:
-        return parser.parse_args(argv)
-    except UserError as error:
-        raise UserError(f"{path}: its stored flags are not valid: {error}") from error
-
-
-def image_size(text):
-    """argparse type: BN-Inception joins maps that it has halved in two ways, one rounding up and
-    one down, so the last maps but one have to have even sides."""
-    value = int(text)
-    if value < 31 or (value + 1) % 32 >= 8:
-        raise argparse.ArgumentTypeError(
-            f"BN-Inception takes multiples of 32 and up to 6 pixels more, not {value}"
-        )
-    return value
+from cli import UserError, warn
 
 
 def generator(*key):

@@ -1,8 +1,7 @@
 """The data sets, under one name each: `load(name, root, split, transform)`."""
 
+from cli import UserError, plural, warn
 from dataset import cars, cub, demo, sop
-from dataset.images import ImageSet
-from utils import UserError, plural, warn
 
 DATASETS = {"cub": cub, "cars": cars, "SOP": sop, "demo": demo}
 ALIASES = {"car": "cars"}  # differs: the script does not know the name its README uses
@@ -27,22 +26,28 @@ def load(name, root, split, transform=None):
     Warns where the files found are not the published ones: a subset is a fine thing to train on.
     Raises UserError when there are none, naming every path tried.
     """
-    name = canonical_name(name)
+    from dataset.images import ImageSet  # imports torch, which the names of data sets do without
+
+    items, _ = read(name, root, split)
+    difference = unlike_published(name, split, items)
+    if difference:
+        warn(difference)
+    return ImageSet(items, transform)
+
+
+def read(name, root, split):
+    """([(path, label)], [path that a list names and the disk does not have]) of a split."""
     if split not in ("train", "test"):
         raise ValueError(f"split must be train or test, not {split}")
     try:
-        images = ImageSet(*DATASETS[name].read(root, split), transform)
+        return DATASETS[canonical_name(name)].read(root, split)
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from error
-    difference = unlike_published(name, split, images)
-    if difference:
-        warn(difference)
-    return images
 
 
-def unlike_published(name, split, images):
+def unlike_published(name, split, items):
     """A line that says how the counts differ from the published split's, or None."""
-    found = (len(images), images.num_classes)
+    found = (len(items), len({label for _, label in items}))
     published = getattr(DATASETS[canonical_name(name)], "PUBLISHED", {}).get(split, found)
     if found == published:
         return None

@@ -2,10 +2,8 @@
 
 from concurrent.futures import ProcessPoolExecutor
 
-from scipy.io import loadmat
-
-from dataset.images import class_folders, first_existing, half_of_classes, on_disk
-from utils import UserError
+from cli import UserError, leave_signals_to_parent
+from dataset.files import class_folders, first_existing, half_of_classes, on_disk
 
 KS = (1, 2, 4, 8, 16, 32)
 PUBLISHED = {"train": (8054, 98), "test": (8131, 98)}  # images, classes
@@ -60,7 +58,7 @@ def load_mat(file, parse):
     """What `parse` makes of a .mat file's `annotations`. Read in a process of its own: scipy's
     reader is compiled code, which a crafted file can crash."""
     try:
-        with ProcessPoolExecutor(1) as pool:
+        with ProcessPoolExecutor(1, initializer=leave_signals_to_parent) as pool:
             return pool.submit(parse_mat, file, parse).result()
     except Exception as error:  # scipy fails in many ways on a damaged file
         raise UserError(
@@ -69,4 +67,6 @@ def load_mat(file, parse):
 
 
 def parse_mat(file, parse):
+    from scipy.io import loadmat  # only here: the other data sets do without
+
     return parse(loadmat(file)["annotations"].ravel())

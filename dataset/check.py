@@ -5,11 +5,10 @@ python -m dataset.check --dataset cub
 
 import hashlib
 import os
-from concurrent.futures import ProcessPoolExecutor
 
 import dataset
-from dataset.images import ImageSet, read_image
-from utils import Parser, UserError, at_least, plural, progress, run
+from cli import Parser, UserError, at_least, in_parallel, plural, run
+from dataset.files import read_image
 
 
 def look_at(path):
@@ -29,24 +28,23 @@ def look_at(path):
 
 def check(name, root, workers):
     """All problems of a data set, a line each."""
-    read = dataset.DATASETS[name].read  # not dataset.load, which would say of problems itself
-    splits = {split: ImageSet(*read(root, split)) for split in ("train", "test")}
-    problems, digests = [], {}
-    for split, images in splits.items():
-        problems += filter(None, [dataset.unlike_published(name, split, images)])
-        with ProcessPoolExecutor(workers) as pool:
-            looks = pool.map(look_at, images.paths, chunksize=16)
-            looks = list(progress(looks, len(images), f"{name} {split}"))
+    problems, digests, missing, seen = [], {}, set(), 0
+    for split in ("train", "test"):
+        items, absent = dataset.read(name, root, split)
+        paths = [path for path, _ in items]
+        problems += filter(None, [dataset.unlike_published(name, split, items)])
+        looks = in_parallel(look_at, paths, workers, f"{name} {split}")
         problems += [problem for _, problem in looks if problem]
-        digests[split] = {digest: path for path, (digest, _) in zip(images.paths, looks) if digest}
-    missing = {path for images in splits.values() for path in images.missing}
+        digests[split] = {digest: path for path, (digest, _) in zip(paths, looks) if digest}
+        missing |= set(absent)
+        seen += len(paths)
     problems += [f"{path}: listed, but not there" for path in sorted(missing)]
     for digest in sorted(digests["train"].keys() & digests["test"].keys()):
         problems.append(
             f"{digests['train'][digest]}: the same file is in the test half, as "
             f"{digests['test'][digest]}"
         )
-    print(f"{name}: looked at {plural(sum(map(len, splits.values())), 'image')}")
+    print(f"{name}: looked at {plural(seen, 'image')}")
     return problems
 
 

@@ -1,6 +1,6 @@
 """CUB-200-2011 (Wah et al., 2011): 200 bird species, a folder each."""
 
-from dataset.images import class_folders, first_existing, half_of_classes
+from dataset.files import class_folders, first_existing, half_of_classes
 
 KS = (1, 2, 4, 8, 16, 32)
 PUBLISHED = {"train": (5864, 100), "test": (5924, 100)}  # images, classes

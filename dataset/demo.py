@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from dataset.images import class_folders, half_of_classes
+from dataset.files import class_folders, half_of_classes
 
 KS = (1, 2, 4, 8)
 IMAGES_PER_CLASS = 40

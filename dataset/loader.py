@@ -2,14 +2,14 @@
 number of workers, on their state, or on where a run was interrupted (differs: the script draws
 from the state of workers and process)."""
 
-import signal
 import warnings
 from collections import Counter
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from utils import UserError, generator
+from cli import UserError, leave_signals_to_parent
+from utils import generator
 
 ORDER, AUGMENTATION = 0, 1  # independent streams of random numbers under one seed
 
@@ -66,9 +66,7 @@ class EpochBatches(Sampler):
         for _ in range(len(self)):
             classes = torch.randperm(len(self.members), generator=rng)
             for c in classes[: self.batch_size // self.images_per_class].tolist():
-                drawn = torch.randint(
-                    len(self.members[c]), (self.images_per_class,), generator=rng
-                )
+                drawn = torch.randint(len(self.members[c]), (self.images_per_class,), generator=rng)
                 order += self.members[c][drawn].tolist()
         return order
 
@@ -108,20 +106,13 @@ def collate(items):
     return error or default_collate(items)
 
 
-def leave_signals_to_the_trainer(worker):
-    """Ctrl-C and a scheduler's SIGTERM reach the workers too, and the death of one would break off
-    the step under way. So they live on, for as long as a step may take."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
-
-
 def make_loader(images, workers, device, **batching):
     return DataLoader(
         CatchUserErrors(images),
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=leave_signals_to_the_trainer,
+        worker_init_fn=leave_signals_to_parent,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else each epoch draws from the global state
         **batching,

@@ -1,7 +1,7 @@
 """Stanford Online Products (Oh Song et al., 2016): 22,634 products, lists for train and test."""
 
-from dataset.images import first_existing, on_disk
-from utils import UserError
+from cli import UserError
+from dataset.files import first_existing, on_disk
 
 KS = (1, 10, 100, 1000)
 PUBLISHED = {"train": (59551, 11318), "test": (60502, 11316)}  # images, classes

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from utils import UserError, read_checkpoint
+from cli import UserError
+from utils import read_checkpoint
 
 IMAGENET_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth"
 IMAGENET_SHA256 = "52deb473314542a5c2f87e9e6f26f4ca42fe863d15f986414dbae8c2dfdd2353"

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+import cli
 import train
-import utils
 from net import create_model
 
 torch.set_num_threads(2)
@@ -142,7 +142,7 @@ def fails(argv, capsys, main=train.main):
     """The one line that a user error ends in."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        utils.run(lambda: main(shlex.split(argv)))
+        cli.run(lambda: main(shlex.split(argv)))
     assert end.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "warning:" not in line]
     assert len(errors) == 1 and "error: " in errors[0]

@@ -51,10 +51,15 @@ def at_call(patch, names, n, action):
         patch(os, name, watched(getattr(os, name)))
 
 
+def bits(tensor):
+    values = tensor.contiguous().flatten().view(torch.uint8)
+    return tensor.dtype, tensor.shape, values.numpy().tobytes()
+
+
 def same(first, second):
     """Equal, tensors bit for bit, leaving aside what was measured with a clock."""
     if torch.is_tensor(first):
-        return torch.is_tensor(second) and torch.equal(first, second)
+        return torch.is_tensor(second) and bits(first) == bits(second)
     if isinstance(first, dict):
         keys = first.keys() - TIMES
         return keys == second.keys() - TIMES and all(same(first[key], second[key]) for key in keys)

@@ -20,6 +20,8 @@ from scipy.io import savemat
 import dataset
 import evaluate
 import train
+from cli import UserError
+from dataset.files import read_image
 from tests.conftest import (
     TINY,
     fails,
@@ -30,7 +32,7 @@ from tests.conftest import (
     published_checkpoint,
     run_folder,
 )
-from utils import UserError, read_checkpoint
+from utils import read_checkpoint
 
 JPEG = "CUB_200_2011/images/001.Bird_0/Bird_0003.jpg"
 SOP = "Stanford_Online_Products"
@@ -71,7 +73,7 @@ FLAGS = [
     ("--IPC 3",                      "--IPC 3"),
     ("--IPC 2",                      "--IPC 2"),
     ("--batch 8",                    "unrecognized arguments: --batch 8"),
-    ("--remark a/b",                 "--remark a/b"),
+    ("--remark a/b",                 "--remark: it cannot hold a /, as in a/b"),
     (f"--remark {'x' * 250}",        "too long"),
     ("--gpu-id -2",                  "--gpu-id: invalid number"),
     ("--checkpoint-every 0",         "--checkpoint-every: invalid number"),
@@ -81,7 +83,7 @@ FLAGS = [
     ("--resume",                     "--resume: there is no run in"),
     ("--resume nowhere.pth",         "nowhere.pth: no such checkpoint"),
     ("--resume junk",                "junk: not a checkpoint"),
-    ("--resume --overwrite",         "--resume continues a run and --overwrite"),
+    ("--resume --overwrite",         "--overwrite: not allowed with argument --resume"),
     ("--wandb online",               "--wandb online: no account"),
     ("--LOG_DIR junk",               "junk/logs_cub"),
 ]  # fmt: skip
@@ -98,6 +100,7 @@ def test_a_bad_flag_ends_in_one_line(here, capsys, flags, line):
 
 def png(width, height, bits=8):
     """A PNG that claims this size and holds hardly any data."""
+
     def chunk(kind, data):
         body = kind + data
         return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
@@ -161,7 +164,7 @@ def test_readable_images_of_odd_kinds_are_read(tmp_path):
     }.items():
         image, kind, options = data
         image.save(tmp_path / name, kind, **options)
-        assert dataset.images.read_image(tmp_path / name).mode == "RGB"
+        assert read_image(tmp_path / name).mode == "RGB"
 
 
 def sop_list(text, name="Ebay_train.txt"):
@@ -257,6 +260,7 @@ def sparse(path):
 
 def altered(change, save=torch.save):
     """The checkpoint of a real run, changed."""
+
     def make(path):
         checkpoint = torch.load(path)
         save(change(checkpoint) or checkpoint, path)
@@ -291,6 +295,21 @@ def state_of_another_shape(checkpoint):
     state[next(iter(state))]["exp_avg"] = torch.zeros(2, 2)
 
 
+def forged(part, *path, value=None):
+    """`value` put, or nothing left, at a path into one of the stored states."""
+
+    def change(checkpoint):
+        at = checkpoint[f"{part}_state_dict"]
+        for key in path[:-1]:
+            at = at[key]
+        if value is None:
+            del at[path[-1]]
+        else:
+            at[path[-1]] = value
+
+    return altered(change)
+
+
 TRAIN, EVALUATE = "train", "evaluate"
 CHECKPOINTS = [
     # read by   how it is made                                   the line has
@@ -321,6 +340,18 @@ CHECKPOINTS = [
     (TRAIN,     put("optimizer_state_dict", {}),                 "optimiser or scheduler"),
     (TRAIN,     altered(state_of_another_shape),                 "optimiser or scheduler"),
     (TRAIN,     put("scheduler_state_dict", None),               "optimiser or scheduler"),
+    (TRAIN,     forged("scheduler", "last_epoch", value=-7),     "last_epoch is -7, not 1"),
+    (TRAIN,     forged("scheduler", "base_lrs", value=[torch.ones(2)]), "base_lrs is [tensor"),
+    (TRAIN,     forged("optimizer", "param_groups", 0, "lr", value="x"), "lr is 'x', not 0.0001"),
+    (TRAIN,     forged("optimizer", "param_groups", 0, "betas", value=(5, 5)), "betas is (5, 5)"),
+    (TRAIN,     forged("optimizer", "param_groups", 0),          "optimiser or scheduler"),
+    (TRAIN,     forged("optimizer", "param_groups"),             "optimiser or scheduler"),
+    (TRAIN,     forged("optimizer", "state", 279, "exp_avg"),    "it has step, exp_avg_sq, not"),
+    (TRAIN,     forged("optimizer", "state", 279, value=[1]),    "optimiser or scheduler"),
+    (TRAIN,     forged("optimizer", "state", 10**6, value={}),   "optimiser or scheduler"),
+    (TRAIN,     forged("optimizer", "state", 279, "step", value=torch.tensor(-9.0)), "step is"),
+    (TRAIN,     forged("optimizer", "state", 279, "step", value="x"), "optimiser or scheduler"),
+    (TRAIN,     forged("optimizer", "state", 279, "exp_avg", value=torch.ones(16).int()), "int32"),
     (TRAIN,     put("criterion_state_dict", {"metric_loss.proxies": torch.zeros(9, 8)}), "(9, 8)"),
     (TRAIN,     put("epoch", "two"),                             "are not a training run's"),
     (TRAIN,     put("history", []),                              "are not a training run's"),

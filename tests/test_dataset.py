@@ -1,5 +1,7 @@
 """Every layout a data set comes in, every kind of image file, and seeded randomness."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,9 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 import dataset
+from cli import UserError, in_parallel
 from dataset import check, demo
-from dataset.images import read_image
+from dataset.files import read_image
 from dataset.loader import SeededImages, batches, test_loader, train_loader
 from dataset.transforms import test_transform, to_input, train_transform
 from tests.conftest import (
@@ -22,7 +25,6 @@ from tests.conftest import (
     make_sop,
     write_image,
 )
-from utils import UserError
 
 test_loader.__test__ = test_transform.__test__ = False  # ours, not pytest's
 CPU = torch.device("cpu")
@@ -323,3 +325,19 @@ def test_check_names_files_that_a_list_has_and_the_disk_has_not(tmp_path, capsys
     missing = make_sop(tmp_path) / "Stanford_Online_Products/bicycle_final/2_3.JPG"
     missing.unlink()
     assert f"{missing}: listed, but not there" in run_check(capsys, "SOP", tmp_path)[1]
+
+
+def test_check_of_a_folder_that_cannot_be_read_is_a_user_error(tmp_path, monkeypatch, capsys):
+    make_cub(tmp_path)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match="images: Permission denied"):
+        run_check(capsys, "cub", tmp_path)
+
+
+def test_the_death_of_a_process_is_a_user_error():
+    with pytest.raises(UserError, match="cub train: a process died"):
+        in_parallel(os._exit, [1], 1, "cub train")

@@ -5,8 +5,8 @@ import hashlib
 import pytest
 import torch
 
+from cli import UserError
 from net import create_model, l2_normalize, place, weights
-from utils import UserError
 
 D = 8
 IMAGES = torch.linspace(-100, 100, 2 * 3 * 64 * 64).view(2, 3, 64, 64)

@@ -1,22 +1,26 @@
 """Nothing is lost: torn saves, full disks, signals, numbers that are not finite, kills."""
 
 import errno
+import inspect
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
+from cli import Interrupted, UserError
 from runs import RunFolder
 from tests import kill
 from tests.conftest import ROOT, TINY, fails, make_cub, metrics, run_folder
-from utils import UserError, read_checkpoint, write_checkpoint
+from utils import read_checkpoint, write_checkpoint
 
 
 def small_checkpoint(epoch, r1):
@@ -171,6 +175,50 @@ def test_a_signal_saves_at_a_step_and_the_run_continues_to_the_same_bits(here, n
     train.main([*shlex.split(last.split("train.py ")[-1]), "--workers", "0"])
     train.main(shlex.split(TINY + flags + "--workers 0 --LOG_DIR whole"))
     kill.assert_same_run(run_folder(here), next(here.glob("whole/*/*")))
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_during_the_imports_ends_in_one_line(here, number, status):
+    process = start(here, "")
+    wait_for(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (status, f"train.py: {number.name}: stopped\n")
+
+
+@pytest.mark.parametrize("line", ["with stop.deferred():", "finish(recalls", "return training"])
+def test_a_signal_after_the_evaluation_of_an_epoch_loses_nothing_of_it(here, line):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--LOG_DIR whole"))
+    lines, first = inspect.getsourcelines(train.run_epoch)
+    at = first + max(i for i, text in enumerate(lines) if line in text)
+
+    def trace(frame, event, arg):
+        if frame.f_code is train.run_epoch.__code__ and event == "line" and frame.f_lineno == at:
+            sys.settrace(None)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return trace if frame.f_code is train.run_epoch.__code__ else None
+
+    sys.settrace(trace)
+    try:
+        with pytest.raises(Interrupted) as stop:
+            train.main(shlex.split(TINY))
+    finally:
+        sys.settrace(None)
+    assert "continue with: python train.py --resume" in stop.value.note
+    saved = read_checkpoint(run_folder(here) / "cub_bn_inception_last.pth")
+    assert len(saved["history"]) == 1 or saved["partial"]["step"] == 2
+    train.main(shlex.split(TINY + "--resume"))
+    kill.assert_same_run(run_folder(here), next(here.glob("whole/*/*")))
+
+
+def test_a_run_continued_by_other_means_says_that_its_bits_may_differ(here, capsys):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--epochs 1"))
+    path = run_folder(here) / "args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"threads": 99}))
+    train.main(shlex.split(TINY + "--resume"))
+    assert "started with threads 99 and continues with 2" in capsys.readouterr().err
 
 
 def test_a_second_process_on_the_same_run_folder_is_refused(here, capsys):

@@ -12,8 +12,11 @@ from urllib.parse import urlparse
 import pytest
 import torch
 
+import cli
 import evaluate
+import net
 import runs
+import tracking
 import train
 from net import create_model
 from tests import kill
@@ -216,6 +219,33 @@ def test_a_run_folder_in_use_is_left_alone(here, capsys):
     assert str(run_folder(here).relative_to(here)) in error
     assert "--resume" in error and "--overwrite" in error
     assert before == {path: path.read_bytes() for path in run_folder(here).iterdir()}
+
+
+@pytest.mark.parametrize("script, flags, status, line", [
+    ("train.py",    "--help",               0, "--lr-decay-step"),
+    ("train.py",    "--lr fast",            2, "train.py: error: argument --lr: invalid number"),
+    ("train.py",    "--dataset birds",      2, "--dataset birds: unknown data set"),
+    ("train.py",    "--resume --overwrite", 2, "not allowed with argument --resume"),
+    ("evaluate.py", "--help",               0, "--resume CHECKPOINT"),
+    ("evaluate.py", "",                     2, "required: --resume"),
+    ("dataset/check.py", "--help",          0, "--workers"),
+])  # fmt: skip
+def test_help_and_mistakes_in_flags_need_no_torch(script, flags, status, line):
+    program = (
+        "import runpy, sys\n"
+        "sys.modules['torch'] = None  # to import it is an error now\n"
+        f"sys.argv = [{script!r}, *{flags.split()}]\n"
+        f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert answer.returncode == status and line in answer.stdout + answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_the_flags_name_every_model():
+    assert cli.MODELS == list(net.MODELS)
 
 
 def test_a_seed_and_a_remark_name_the_folder(here):
@@ -426,12 +456,12 @@ def test_wandb_disabled_imports_nothing(tmp_path):
 def test_wandb_is_online_only_with_an_account(monkeypatch, tmp_path):
     import wandb
 
-    assert runs.wandb_mode("auto") == "offline"
+    assert tracking.wandb_mode("auto") == "offline"
     host = urlparse(wandb.Settings().base_url).hostname
     (tmp_path / "no_netrc").write_text(f"machine {host} login user password secret\n")
-    assert runs.wandb_mode("auto") == runs.wandb_mode("online") == "online"
+    assert tracking.wandb_mode("auto") == tracking.wandb_mode("online") == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert runs.wandb_mode("auto") == "disabled"
+    assert tracking.wandb_mode("auto") == "disabled"
 
 
 def test_with_an_account_but_no_network_wandb_falls_back_to_offline(here, monkeypatch, capsys):

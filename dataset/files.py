@@ -1,0 +1,83 @@
+"""Finding a data set's files and reading them; every data set uses this."""
+
+import os
+import warnings
+from pathlib import Path
+
+from PIL import Image
+
+from cli import UserError
+
+# what torchvision's ImageFolder takes for an image
+SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+
+
+def read_image(path):
+    """Any image file as RGB: grayscale, palette, RGBA and CMYK are converted."""
+    try:
+        if not os.path.isfile(path):  # opening a pipe would wait forever
+            raise ValueError("not a file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.mode[0] in "IF":
+                    raise ValueError(f"its pixels are of more than 8 bits, mode {image.mode}")
+                return image.convert("RGB")
+    except Exception as error:  # decoders fail in many ways, all of them the file's
+        raise UserError(f"{path}: not an image that can be read ({error})") from error
+
+
+def first_existing(root, candidates, name):
+    """The first of `candidates` (paths under `root`) that is a file, or a folder of folders; a
+    UserError names them all."""
+    tried = [Path(root, candidate) for candidate in candidates]
+    for path in tried:
+        if path.is_file() or path.is_dir() and any(child.is_dir() for child in path.iterdir()):
+            return path
+    raise UserError(
+        f"no {name} data set under --data-root {root}: tried {', '.join(map(str, tried))}"
+    )
+
+
+def class_folders(folder):
+    """[(path, class name)] of the images in `folder`'s subfolders, by name of class and of file."""
+    return [
+        (str(path), sub.name)
+        for sub in sorted(Path(folder).iterdir(), key=lambda path: path.name)
+        if sub.is_dir() and not sub.name.startswith("._")
+        for path in sorted(sub.iterdir(), key=lambda path: path.name)
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("._")
+    ]
+
+
+def on_disk(folder, items, list_file):
+    """A list's items (path relative to `folder`, class) as ([(path, class)], [missing path])."""
+    listings = {}  # one listing per folder is far cheaper than a stat per file on network disks
+    found, missing = [], []
+    for relative, label in items:
+        if os.path.isabs(relative) or ".." in Path(relative).parts:
+            raise UserError(f"{list_file}: the path {relative} leaves the data set's folder")
+        path = os.path.join(folder, relative)
+        parent, name = os.path.split(path)
+        if parent not in listings:
+            listings[parent] = set(os.listdir(parent)) if os.path.isdir(parent) else set()
+        if name in listings[parent]:
+            found.append((path, label))
+        else:
+            missing.append(path)
+    if not found:
+        raise UserError(f"none of the files that {list_file} lists is in {folder}")
+    return found, missing
+
+
+def half_of_classes(items, split, source):
+    """The first half of the classes found, in order, is `train` and the second half `test`."""
+    classes = {name: index for index, name in enumerate(sorted({name for _, name in items}))}
+    middle = len(classes) // 2
+    if middle == 0:
+        raise UserError(
+            f"{source}: needs images of at least two classes (half of them train, half test), "
+            f"found {len(classes)}"
+        )
+    labelled = [(path, classes[name]) for path, name in items]
+    return [item for item in labelled if (item[1] < middle) == (split == "train")]
