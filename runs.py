@@ -18,8 +18,8 @@ from utils import read_checkpoint, write_atomically, write_checkpoint, write_jso
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step()` before")
 
 # Flags that may differ when a run is continued: they do not change what is computed.
-FREE_ON_RESUME = {"epochs", "workers", "gpu_id", "data_root", "LOG_DIR", "wandb", "resume",
-                  "overwrite", "checkpoint_every"}  # fmt: skip
+FREE_ON_RESUME = {"epochs", "workers", "cache", "gpu_id", "data_root", "LOG_DIR", "wandb",
+                  "resume", "overwrite", "checkpoint_every"}  # fmt: skip
 PARTS = {"model_state_dict", "criterion_state_dict", "optimizer_state_dict",
          "scheduler_state_dict", "epoch", "partial", "args", "history", "data"}  # fmt: skip
 

@@ -43,6 +43,8 @@ def build_parser():
     add("--batch-size", default=180, type=at_least(1), help="B")
     add("--IPC", type=at_least(1), help="balanced batches: this many images of each class")
     add("--workers", default=4, type=at_least(0), help="processes that load images")
+    add("--cache", default="none", choices=["none", "ram", "disk"],
+        help="keep decoded images: in memory, or below --data-root for later runs")  # fmt: skip
 
     add = parser.add_argument_group("network").add_argument
     add("--model", default="bn_inception", choices=MODELS)
@@ -95,6 +97,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_value_, get_total_norm
 
+from dataset.cache import open_cache
 from dataset.loader import batches, test_loader, train_loader
 from dataset.transforms import test_transform, train_transform
 from evaluate import describe, evaluate
@@ -365,6 +368,10 @@ def load_images(args):
                 f"--IPC {args.IPC}: a batch of --batch-size {args.batch_size} cannot hold "
                 f"{args.IPC} images of each of a whole number of the {train.num_classes} classes"
             )
+    if args.cache != "none":
+        paths = [*train.paths, *test.paths]
+        read = open_cache(args.cache, args.dataset, paths, args.data_root, args.workers)
+        train.read = test.read = read
     print(describe(f"{args.dataset} train", train))
     print(describe(f"{args.dataset} test", test), flush=True)
     return train, test

@@ -15,11 +15,15 @@ import torch
 from cli import UserError, warn
 
 
+def seed_of(*key):
+    """A seed that depends on nothing but `key`, non-negative integers such as (seed, epoch, index):
+    not on the worker, the process or what was drawn before."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
 def generator(*key):
-    """A torch generator that depends on nothing but `key`, non-negative integers such as
-    (seed, epoch, index): not on the worker, the process or what was drawn before."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
+    """A torch generator with the seed of `key`."""
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 def choose_device(gpu_id):
@@ -35,6 +39,12 @@ def choose_device(gpu_id):
     device = torch.device("cuda", max(gpu_id, 0))
     torch.cuda.set_device(device)  # pinned memory belongs to the current device
     return device
+
+
+def memory_format(device):
+    """How a network's maps lie in memory: on a CPU, convolutions over channels-last maps are faster
+    (benchmarks/network.py)."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
 def write_atomically(path, data, keep=None):

@@ -1,5 +1,6 @@
 """Finding a data set's files and reading them; every data set uses this."""
 
+import contextlib
 import os
 import warnings
 from pathlib import Path
@@ -14,6 +15,19 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 
 def read_image(path):
     """Any image file as RGB: grayscale, palette, RGBA and CMYK are converted."""
+    with opened(path) as image:
+        return image.convert("RGB")
+
+
+def image_size(path):
+    """(width, height) of an image, from the head of its file."""
+    with opened(path) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def opened(path):
+    """An image file, opened with Pillow; a UserError for all that cannot be read from it."""
     try:
         if not os.path.isfile(path):  # opening a pipe would wait forever
             raise ValueError("not a file")
@@ -22,7 +36,7 @@ def read_image(path):
             with Image.open(path) as image:
                 if image.mode[0] in "IF":
                     raise ValueError(f"its pixels are of more than 8 bits, mode {image.mode}")
-                return image.convert("RGB")
+                yield image
     except Exception as error:  # decoders fail in many ways, all of them the file's
         raise UserError(f"{path}: not an image that can be read ({error})") from error
 

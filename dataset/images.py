@@ -17,10 +17,11 @@ class ImageSet(Dataset):
         self.labels = torch.tensor([label for _, label in items])
         self.num_classes = len(self.labels.unique())
         self.transform = transform
+        self.read = read_image  # or a dataset.cache.Cache
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        image = read_image(self.paths[index])
+        image = self.read(self.paths[index])
         return self.transform(image) if self.transform else image, int(self.labels[index])

@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from cli import UserError, leave_signals_to_parent
-from utils import generator
+from dataset.transforms import to_input
+from utils import generator, memory_format, seed_of
 
 ORDER, AUGMENTATION = 0, 1  # independent streams of random numbers under one seed
 
@@ -80,8 +81,8 @@ class SeededImages(Dataset):
 
     def __getitem__(self, key):
         with torch.random.fork_rng(devices=[]):
-            seed = generator(self.seed, AUGMENTATION, *key).initial_seed()
-            torch.default_generator.manual_seed(seed)  # where torchvision draws from
+            # where torchvision draws from
+            torch.default_generator.manual_seed(seed_of(self.seed, AUGMENTATION, *key))
             return self.images[key[1]]
 
 
@@ -131,8 +132,8 @@ def test_loader(images, batch_size, workers, device):
 
 
 def batches(loader, device):
-    """(images [B, 3, H, W], labels [B]) on `device`; a UserError met by a worker is raised here,
-    and so is the death of a worker."""
+    """(the network's input [B, 3, H, W], labels [B]) on `device`; a UserError met by a worker is
+    raised here, and so is the death of a worker."""
     loaded = iter(loader)
     while True:
         try:
@@ -150,5 +151,5 @@ def batches(loader, device):
             # A new one: raising `batch` itself would make a cycle with this frame, and the loader
             # in it would be collected in an order in which its workers are not told to stop.
             raise UserError(str(batch))
-        images, labels = batch
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        pixels, labels = (part.to(device, non_blocking=True) for part in batch)
+        yield to_input(pixels, memory_format(device)), labels

@@ -1,21 +1,26 @@
 """Every layout a data set comes in, every kind of image file, and seeded randomness."""
 
 import errno
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2
 
 import dataset
 from cli import UserError, in_parallel
-from dataset import check, demo
+from dataset import cache, check, demo
+from dataset.cache import open_cache
 from dataset.files import read_image
+from dataset.images import ImageSet
 from dataset.loader import SeededImages, batches, test_loader, train_loader
-from dataset.transforms import test_transform, to_input, train_transform
+from dataset.transforms import test_transform, to_bytes, to_input, train_transform
 from tests.conftest import (
     PER_CLASS,
     make_cars,
@@ -153,9 +158,11 @@ def test_an_unreadable_image_is_named(tmp_path, content):
 
 
 def test_input_is_bgr_minus_the_mean():
-    pixel = to_input(Image.new("RGB", (2, 3), (10, 20, 30)))
-    assert pixel.shape == (3, 3, 2)
-    assert pixel[:, 0, 0].tolist() == [30 - 104, 20 - 117, 10 - 128]
+    pixels = to_bytes(Image.new("RGB", (2, 3), (10, 20, 30)))
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        images = to_input(pixels[None], memory_format)
+        assert images.shape == (1, 3, 3, 2) and images.is_contiguous(memory_format=memory_format)
+        assert images[0, :, 0, 0].tolist() == [30 - 104, 20 - 117, 10 - 128]
 
 
 @pytest.mark.parametrize("size, resized", [(224, 256), (64, 73)])
@@ -163,14 +170,18 @@ def test_test_transform_resizes_then_crops_the_centre(size, resized):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
     left, top = round((round(resized * 4 / 3) - size) / 2), round((resized - size) / 2)
     small = image.resize((int(resized * 4 / 3), resized), Image.Resampling.BILINEAR)
-    expected = to_input(small.crop((left, top, left + size, top + size)))
+    expected = to_bytes(small.crop((left, top, left + size, top + size)))
     assert torch.equal(test_transform(size)(image), expected)
 
 
 def test_train_transform_crops_as_torchvision_does_by_default():
-    crop, flip = train_transform(224).transforms[:2]
-    assert (crop.scale, crop.ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))
-    assert InterpolationMode(crop.interpolation) == InterpolationMode.BILINEAR and flip.p == 0.5
+    theirs = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), to_bytes])
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 400, 3), np.uint8))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        ours = train_transform(224)(image)
+        torch.manual_seed(seed)
+        assert torch.equal(ours, theirs(image))
 
 
 def epoch_batches(images, epoch, workers=0, **kwargs):
@@ -289,6 +300,82 @@ def test_demo_is_the_same_every_time(tmp_path, monkeypatch):
     assert all(
         Path(a).read_bytes() == Path(b).read_bytes() for a, b in zip(first.paths, second.paths)
     )
+
+
+# --- --cache --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Images of several sizes, colour modes and formats."""
+    for i, (mode, suffix) in enumerate([("RGB", "jpg"), ("L", "jpg"), ("P", "png"), ("RGBA", "png"),
+                                        ("CMYK", "jpg"), ("RGB", "png")]):  # fmt: skip
+        write_image(tmp_path / f"images/{i % 2}/{i}.{suffix}", seed=i, mode=mode)
+    paths = sorted((tmp_path / "images").rglob("*.*"))
+    return ImageSet([(str(path), int(path.parent.name)) for path in paths], test_transform(32))
+
+
+def cached(kind, images, workers=1):
+    root = Path(images.paths[0]).parents[2]
+    return open_cache(kind, "mixed", images.paths, root, workers)
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_pixels_are_those_of_the_files(mixed, kind, workers):
+    expected = list(batches(test_loader(mixed, 4, workers, CPU), CPU))
+    mixed.read = cached(kind, mixed, workers)
+    assert equal(expected, list(batches(test_loader(mixed, 4, workers, CPU), CPU)))
+    for path in mixed.paths:
+        assert mixed.read(path).tobytes() == read_image(path).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_a_cache_reaches_processes_that_inherit_nothing(mixed, kind):
+    read = cached(kind, mixed)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+        there = pool.submit(read, mixed.paths[0]).result()
+    assert there.tobytes() == read_image(mixed.paths[0]).tobytes()
+
+
+def test_a_disk_cache_is_reused_until_an_image_changes(mixed, monkeypatch):
+    first = cached("disk", mixed)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "decode", None)  # nothing is decoded again
+        assert cached("disk", mixed).file == first.file
+    write_image(Path(mixed.paths[0]), seed=99)
+    assert cached("disk", mixed)(mixed.paths[0]).tobytes() == read_image(mixed.paths[0]).tobytes()
+    assert not first.file.exists()
+
+
+@pytest.mark.parametrize("length", [0, 5, -1])
+def test_a_damaged_disk_cache_is_made_anew(mixed, length):
+    file = cached("disk", mixed).file
+    file.write_bytes(file.read_bytes()[:length])
+    for path in mixed.paths:
+        assert cached("disk", mixed)(path).tobytes() == read_image(path).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_a_cache_that_does_not_fit_is_refused_before_anything_is_decoded(mixed, monkeypatch, kind):
+    monkeypatch.setattr(cache, "available_memory", lambda: 1000)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(cache, "decode", None)
+    with pytest.raises(UserError, match=f"--cache {kind}: 6 images need .* are free"):
+        cached(kind, mixed)
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_an_unreadable_image_is_named_when_it_is_cached_and_nothing_is_left(mixed, kind):
+    data = Path(mixed.paths[1]).read_bytes()
+    Path(mixed.paths[1]).write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=mixed.paths[1]):
+        cached(kind, mixed)
+    assert not list(Path(mixed.paths[0]).parents[2].rglob("*.pixels*"))
+
+
+def test_there_is_memory_and_its_limit_is_found():
+    assert 2**20 < cache.available_memory() < 2**50
 
 
 # --- python -m dataset.check ----------------------------------------------------------------

@@ -248,6 +248,21 @@ def test_the_flags_name_every_model():
     assert cli.MODELS == list(net.MODELS)
 
 
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_a_run_with_cached_images_is_the_same_run(here, kind):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--LOG_DIR whole"))
+    train.main(shlex.split(TINY + f"--epochs 1 --cache {kind}"))
+    train.main(shlex.split(TINY + f"--resume --cache {kind} --workers 1"))
+    kill.assert_same_run(run_folder(here), next(here.glob("whole/*/*")))
+
+
+def test_a_disk_cache_that_cannot_be_written_is_one_line(here, capsys):
+    make_cub(here / "data")
+    (here / "data/decoded").write_text("a file in its place")
+    assert "--cache disk: data/decoded: File exists" in fails(TINY + "--cache disk", capsys)
+
+
 def test_a_seed_and_a_remark_name_the_folder(here):
     args = train.build_parser().parse_args(["--seed", "7", "--remark", "_try"])
     assert runs.run_folder_path(args).name.endswith("_lr0.0001_batch180_seed7_try")

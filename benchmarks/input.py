@@ -1,0 +1,97 @@
+"""Loading batches on one core, with and without --cache, beside Pillow and torchvision as usual."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from benchmarks.timing import alternate, peak_mb, report
+from dataset.cache import open_cache
+from dataset.images import ImageSet
+from dataset.loader import batches, test_loader, train_loader
+from dataset.transforms import BGR_MEAN, test_transform, train_transform
+
+IMAGES, BATCH, HEIGHT, WIDTH = 64, 32, 375, 500  # the usual size in CUB, there of 97 KB a file
+CPU = torch.device("cpu")
+
+
+def write_photo(path, seed):
+    """A JPEG with the spectrum of a photograph: amplitudes fall with the frequency."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.fftfreq(WIDTH)[None])
+    frequency[0, 0] = 1
+    planes = []
+    for slope in (1.25, 1.6, 1.6, 1.6):  # what all channels share, and each channel's own
+        noise = rng.normal(size=(HEIGHT, WIDTH)) + 1j * rng.normal(size=(HEIGHT, WIDTH))
+        plane = np.fft.ifft2(noise / frequency**slope).real
+        planes.append(plane / plane.std())
+    pixels = 120 + 45 * np.stack([planes[0] + 0.3 * plane for plane in planes[1:]], axis=-1)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=93)
+
+
+def usual(split):
+    """As such pipelines are written: Pillow's image through torchvision.transforms."""
+    crop = (
+        [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
+        if split == "train"
+        else [transforms.Resize(256), transforms.CenterCrop(224)]
+    )
+    bgr = transforms.Lambda(lambda x: x[[2, 1, 0]] * 255)
+    mean = transforms.Normalize(BGR_MEAN, [1, 1, 1])
+    return transforms.Compose([*crop, transforms.ToTensor(), bgr, mean])
+
+
+class Usual(torch.utils.data.Dataset):
+    def __init__(self, paths, transform):
+        self.paths, self.transform = paths, transform
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return self.transform(Image.open(self.paths[index]).convert("RGB")), 0
+
+
+def measure(split, items, cache, rounds):
+    transform = {"train": train_transform, "test": test_transform}[split]()
+
+    def epoch(read=None):
+        images = ImageSet(items, transform)
+        images.read = read or images.read
+        if split == "train":
+            loader = train_loader(images, BATCH, seed=0, workers=0, device=CPU)
+        else:
+            loader = test_loader(images, BATCH, workers=0, device=CPU)
+        return lambda: sum(len(labels) for _, labels in batches(loader, CPU))
+
+    paths = [path for path, _ in items]
+    peer = torch.utils.data.DataLoader(Usual(paths, usual(split)), BATCH, split == "train")
+    sides = {"ours": epoch(), "cached": epoch(cache), "usual": lambda: sum(1 for _ in peer)}
+    seconds = alternate(sides, rounds)
+    return {
+        "transforms": split,
+        "KB a file": Path(paths[0]).stat().st_size / 1000,
+        "ours images/s": IMAGES / seconds["ours"],
+        "cached images/s": IMAGES / seconds["cached"],
+        "usual images/s": IMAGES / seconds["usual"],
+        "ours / usual": seconds["usual"] / seconds["ours"],
+        "cached / ours": seconds["ours"] / seconds["cached"],
+        "peak MB": peak_mb(),
+    }
+
+
+def main():
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        items = [(str(Path(folder, f"{i}.jpg")), 0) for i in range(IMAGES)]
+        for i, (path, _) in enumerate(items):
+            write_photo(path, seed=i)
+        cache = open_cache("ram", "photos", [path for path, _ in items], folder, workers=1)
+        report([measure(split, items, cache, rounds=15) for split in ("train", "test")], __doc__)
+
+
+if __name__ == "__main__":
+    main()
