@@ -61,57 +61,72 @@ def start_of_each(sizes):
 def open_cache(kind, name, paths, root, workers):
     """The Cache of these images: in memory for this run (`ram`), or in a file that later runs find
     as well (`disk`), until an image changes. Decodes them, by `workers` processes, if need be."""
-    workers = max(workers, 1)
-    if kind == "ram":
-        if not hasattr(os, "memfd_create"):
-            raise UserError("--cache ram: this needs Linux; use --cache disk")
-        descriptor = os.memfd_create("decoded images")
-        sizes = sizes_that_fit(paths, workers, "ram", available_memory(), "memory")
-        decode(paths, sizes, f"/proc/{os.getpid()}/fd/{descriptor}", workers)
-        return Cache(f"/proc/{os.getpid()}/fd/{descriptor}", paths)
-    file = Path(root, FOLDER, f"{name}.{fingerprint(paths)}.pixels")
     try:
-        file.parent.mkdir(exist_ok=True)
-        with open(file.parent / f"{name}.lock", "w") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)  # another run may be decoding them just now
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                return Cache(file, paths)
-            for old in file.parent.glob(f"*{name}.*.pixels*"):
-                old.unlink()
-            free = shutil.disk_usage(file.parent).free
-            sizes = sizes_that_fit(paths, workers, "disk", free, f"space in {file.parent}")
-            temporary = file.with_name(f".{file.name}.tmp")
-            try:
-                decode(paths, sizes, temporary, workers)
-                os.replace(temporary, file)
-            finally:
-                temporary.unlink(missing_ok=True)
-        return Cache(file, paths)
+        if kind == "ram":
+            return in_memory(paths, max(workers, 1))
+        return on_disk(name, paths, root, max(workers, 1))
     except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
         raise UserError(
-            f"--cache disk: {error.filename or file}: {error.strerror}; use --cache ram or none"
+            f"--cache {kind}: {where}{error.strerror}; use another --cache, or none"
         ) from error
 
 
-def fingerprint(paths):
+def in_memory(paths, workers):
+    if not hasattr(os, "memfd_create"):
+        raise UserError("--cache ram: this needs Linux; use --cache disk")
+    sizes = sizes_that_fit(paths, workers, "ram", available_memory(), "memory")
+    # a file without a name, gone with this process; the path is for processes it starts
+    file = f"/proc/{os.getpid()}/fd/{os.memfd_create('decoded images')}"
+    decode(paths, sizes, file, workers)
+    return Cache(file, paths)
+
+
+def on_disk(name, paths, root, workers):
+    folder = Path(root, FOLDER)
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}.{fingerprint(paths, root)}.pixels"
+    with open(folder / f"{name}.lock", "w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process, which decodes {name} just now", flush=True)
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError, ValueError):  # not there, or damaged
+            return Cache(file, paths)
+        for old in folder.glob(f"*{name}.*.pixels*"):
+            old.unlink()
+        free = shutil.disk_usage(folder).free
+        sizes = sizes_that_fit(paths, workers, "disk", free, f"space in {folder}")
+        temporary = file.with_name(f".{file.name}.tmp")
+        try:
+            decode(paths, sizes, temporary, workers)
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return Cache(file, paths)
+
+
+def fingerprint(paths, root):
     """A digest that changes with any of the files, and with what decodes them."""
     digest = hashlib.sha256(PIL.__version__.encode())
     for path in paths:
         status = os.stat(path)
-        digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode(errors="replace"))
+        line = f"{os.path.relpath(path, root)} {status.st_size} {status.st_mtime_ns}\n"
+        digest.update(line.encode(errors="replace"))
     return digest.hexdigest()[:16]
 
 
 def sizes_that_fit(paths, workers, kind, available, what):
     """int32 [N, 2] width and height of each image; a UserError if they need more than there is."""
-    sizes = in_parallel(image_size, paths, workers, "sizes of the images")
-    sizes = np.array(sizes, np.int32)
+    sizes = np.array(in_parallel(image_size, paths, workers, "sizes of the images"), np.int32)
     needed = start_of_each(sizes)[-1]
     if needed > available:
         raise UserError(
             f"--cache {kind}: {plural(len(paths), 'image')} need {needed / 2**30:.1f} GiB decoded, "
             f"and {available / 2**30:.1f} GiB of {what} are free; use another --cache"
         )
+    print(f"--cache {kind}: decoding {plural(len(paths), 'image')}, {needed / 2**30:.1f} GiB")
     return sizes
 
 
@@ -141,8 +156,7 @@ def decode(paths, sizes, file, workers):
         out.seek(0, os.SEEK_END)
         out.write(sizes.tobytes())
         out.flush()
-        with contextlib.suppress(OSError):  # memory is not synchronised with anything
-            os.fsync(out.fileno())
+        os.fsync(out.fileno())
 
 
 def decode_one(job):

@@ -348,6 +348,13 @@ def test_a_disk_cache_is_reused_until_an_image_changes(mixed, monkeypatch):
     assert not first.file.exists()
 
 
+def test_two_processes_that_want_the_same_disk_cache_decode_it_once(mixed):
+    with ProcessPoolExecutor(2) as pool:
+        files = [pool.submit(cached, "disk", mixed) for _ in range(2)]
+        first, second = (future.result().file for future in files)
+    assert first == second and first.exists()
+
+
 @pytest.mark.parametrize("length", [0, 5, -1])
 def test_a_damaged_disk_cache_is_made_anew(mixed, length):
     file = cached("disk", mixed).file
@@ -370,6 +377,18 @@ def test_an_unreadable_image_is_named_when_it_is_cached_and_nothing_is_left(mixe
     data = Path(mixed.paths[1]).read_bytes()
     Path(mixed.paths[1]).write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=mixed.paths[1]):
+        cached(kind, mixed)
+    assert not list(Path(mixed.paths[0]).parents[2].rglob("*.pixels*"))
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
+def test_a_full_disk_ends_caching_in_one_line_and_nothing_is_left(mixed, monkeypatch, kind, call):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(UserError, match=f"--cache {kind}: No space left on device; use another"):
         cached(kind, mixed)
     assert not list(Path(mixed.paths[0]).parents[2].rglob("*.pixels*"))
 

@@ -260,7 +260,7 @@ def test_a_run_with_cached_images_is_the_same_run(here, kind):
 def test_a_disk_cache_that_cannot_be_written_is_one_line(here, capsys):
     make_cub(here / "data")
     (here / "data/decoded").write_text("a file in its place")
-    assert "--cache disk: data/decoded: File exists" in fails(TINY + "--cache disk", capsys)
+    assert "--cache disk: data/decoded: File exists; use" in fails(TINY + "--cache disk", capsys)
 
 
 def test_a_seed_and_a_remark_name_the_folder(here):
