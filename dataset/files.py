@@ -16,7 +16,8 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 def read_image(path):
     """Any image file as RGB: grayscale, palette, RGBA and CMYK are converted."""
     with opened(path) as image:
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def image_size(path):
