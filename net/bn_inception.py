@@ -54,9 +54,36 @@ class BNInception(nn.Module):
         # momentum 0.9 as in the Caffe port: the running statistics follow the last few batches
         self.add_module(f"{name}_bn", nn.BatchNorm2d(outputs, eps=1e-5, momentum=0.9))
 
-    def _apply_conv(self, name, x):
+    def _folded(self, name):
+        """(weight [O, I, k, k], bias [O]) of one convolution: `name` and its frozen BatchNorm.
+
+        All four parameters get their gradients through them, without a pass over the maps.
+        """
         conv, bn = getattr(self, name), getattr(self, f"{name}_bn")
-        return F.relu(bn(conv(x)), inplace=True)
+        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+        bias = (conv.bias - bn.running_mean) * scale + bn.bias
+        return conv.weight * scale.view(-1, 1, 1, 1), bias
+
+    def _apply_conv(self, name, x, max_pool=False):
+        conv, bn = getattr(self, name), getattr(self, f"{name}_bn")
+        if bn.training:
+            x = bn(conv(x))
+        else:
+            x = F.conv2d(x, *self._folded(name), conv.stride, conv.padding)
+        if max_pool:  # the maximum is the same before ReLU, which then has a quarter of the map
+            x = F.max_pool2d(x, 3, 2, ceil_mode=True)
+        return F.relu(x, inplace=True)
+
+    def _pool_and_project(self, name, x, pool):
+        if pool == "max":
+            return self._apply_conv(name, F.max_pool2d(x, 3, 1, padding=1))
+        if getattr(self, f"{name}_bn").training:
+            return self._apply_conv(name, F.avg_pool2d(x, 3, 1, padding=1))
+        # The average of a projection is the projection of the average, and has fewer channels.
+        # The bias comes last: the zeros around the map, which are averaged too, have none.
+        weight, bias = self._folded(name)
+        x = F.avg_pool2d(F.conv2d(x, weight), 3, 1, padding=1)
+        return F.relu(x.add_(bias.view(-1, 1, 1)), inplace=True)
 
     def _block(self, x, name, downsample, pool):
         branches = [] if downsample else [self._apply_conv(f"{name}_1x1", x)]
@@ -71,20 +98,13 @@ class BNInception(nn.Module):
         if downsample:
             branches.append(F.max_pool2d(x, 3, 2, ceil_mode=True))
         else:
-            pooled = (
-                F.max_pool2d(x, 3, 1, padding=1, ceil_mode=True)
-                if pool == "max"
-                else F.avg_pool2d(x, 3, 1, padding=1, ceil_mode=True)
-            )
-            branches.append(self._apply_conv(f"{name}_pool_proj", pooled))
+            branches.append(self._pool_and_project(f"{name}_pool_proj", x, pool))
         return torch.cat(branches, dim=1)
 
     def features(self, images):
-        x = self._apply_conv("conv1_7x7_s2", images)
-        x = F.max_pool2d(x, 3, 2, ceil_mode=True)
+        x = self._apply_conv("conv1_7x7_s2", images, max_pool=True)
         x = self._apply_conv("conv2_3x3_reduce", x)
-        x = self._apply_conv("conv2_3x3", x)
-        x = F.max_pool2d(x, 3, 2, ceil_mode=True)
+        x = self._apply_conv("conv2_3x3", x, max_pool=True)
         for block, one, _, _, pool, _ in BLOCKS:
             x = self._block(x, f"inception_{block}", downsample=one is None, pool=pool)
         return x

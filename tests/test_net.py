@@ -5,8 +5,10 @@ import hashlib
 import pytest
 import torch
 
+from benchmarks.network import Plain
 from cli import UserError
 from net import create_model, l2_normalize, place, weights
+from net.bn_inception import BNInception
 
 D = 8
 IMAGES = torch.linspace(-100, 100, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
@@ -65,6 +67,59 @@ def test_a_placed_network_computes_the_same(disent):
     placed = place(placed, torch.device("cpu"))
     assert placed.model.conv2_3x3.weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(placed.embed(IMAGES), disent.embed(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def ours_and_plain():
+    """Our backbone and the one without any folding, of the same weights, in float64."""
+    torch.manual_seed(0)
+    ours, plain = BNInception().double(), Plain().double()
+    for name, tensor in ours.state_dict().items():
+        if "_bn." in name and tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5)
+    plain.load_state_dict(ours.state_dict())
+    return ours, plain
+
+
+def test_frozen_batchnorm_folded_gives_the_values_and_gradients_of_single_layers(ours_and_plain):
+    results = []
+    for model in ours_and_plain:
+        images = IMAGES.double().requires_grad_()
+        features = model.eval().features(images)
+        features.square().sum().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if "last_linear" not in n}
+        results.append({"features": features, "images": images.grad, **gradients})
+    ours, plain = results
+    assert len(ours) == 2 + 4 * 69
+    for name, expected in plain.items():
+        size = expected.abs().max()
+        assert size > 0, name
+        torch.testing.assert_close(ours[name] / size, expected / size, rtol=0, atol=1e-9, msg=name)
+
+
+def test_batchnorm_that_trains_is_not_folded_and_follows_the_batch(ours_and_plain):
+    ours, plain = ours_and_plain
+    before = {name: buffer.clone() for name, buffer in ours.named_buffers()}
+    with torch.no_grad():
+        torch.testing.assert_close(ours.features(IMAGES.double()), plain.features(IMAGES.double()))
+    after = dict(plain.named_buffers())
+    for name, buffer in ours.named_buffers():
+        assert not torch.equal(buffer, before[name]), name
+        torch.testing.assert_close(buffer, after[name], msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_frozen_network_trains_under_autocast(dtype):
+    torch.manual_seed(0)
+    model = create_model("bn_inception", D).eval()
+    expected = model(IMAGES)
+    with torch.autocast("cpu", dtype):
+        output = model(IMAGES)
+        assert model.model.features(IMAGES).dtype == dtype
+    torch.testing.assert_close(output.float(), expected, rtol=0, atol=0.05)
+    output.float().sum().backward()
+    gradients = [p.grad for n, p in model.named_parameters() if "last_linear" not in n]
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
 
 
 def test_heads_start_kaiming_normal_with_zero_bias():
