@@ -5,12 +5,15 @@ Shapes: B batch, C classes, d embedding size. `head` is [B, 2d]: columns [:d] th
 nothing leaves the device.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from net import l2_normalize
+
+LOG2_E = math.log2(math.e)
 
 
 def at_least_float32(x):
@@ -18,14 +21,22 @@ def at_least_float32(x):
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def softplus(x):
+    """log(1 + exp x) and its derivative, at least exp(-87), about the least normal float32."""
+    u = x.clamp(-87, 40).mul_(LOG2_E).exp2_()  # beyond 40 softplus(x) is x
+    w = u + 1
+    # On CPUs torch's exp and log1p take three to six times as long as exp2 and log. What rounding
+    # added to w, (w - 1) - u, is all that log(w) lacks of log1p(u).
+    return torch.maximum(w.log().addcdiv_((w - 1).sub_(u), w, value=-1), x), u / w
+
+
 def standard_deviation(s):
-    return F.softplus(s - 5)
+    return softplus(s - 5)[0]
 
 
 def log_standard_deviation(s, std):
     """log(softplus(s - 5)). Far below zero softplus(x) is exp(x), whose logarithm is x itself."""
-    floor = -37.0  # exp(-37) is below the last bit of float64
-    return std.clamp(min=2.718281828459045**floor).log() + (s - 5 - floor).clamp(max=0)
+    return torch.minimum(std.log(), s - 5)
 
 
 def cosines(x, proxies):
@@ -36,38 +47,86 @@ def cosines(x, proxies):
 class CosineTerms(torch.autograd.Function):
     """Losses of the cosines between rows and proxies, each with its gradient in closed form.
 
-    x [T * B, d], proxies [C, d], and T terms: term t is a function of the cosines c [B, C] of the
-    t-th B rows that returns (loss, factor) and leaves its gradient / factor in c. One matrix
-    product serves all terms, and c is the only tensor of its size. Returns T scalars.
+    x [T, B, d], proxies [C, d], and T terms, pairs (scale, loss): loss t is a function of the
+    logits l [B, C], scale times the cosines of x[t], that returns (value, factor) and leaves its
+    gradient / factor in l. One matrix product serves all terms, and the logits are the only
+    tensor of their size. Returns T scalars.
     """
 
     @staticmethod
     def forward(ctx, x, proxies, *terms):
-        x_length, length = (
-            (torch.linalg.vecdot(v, v)[:, None] + 1e-12).sqrt() for v in (x, proxies)
-        )
-        x, proxies = x / x_length, proxies / length
-        c = x @ proxies.T
-        losses, factors = zip(*(term(part) for term, part in zip(terms, c.chunk(len(terms)))))
+        x_length, length = row_lengths(x), row_lengths(proxies)
+        unit = proxies / length
+        logits = x @ unit.T  # of rows divided by their length later, C being less than d
+        values, factors = [], []
+        for (scale, loss), part, part_length in zip(terms, logits, x_length):
+            value, factor = loss(part.mul_(scale / part_length))
+            values.append(value)
+            factors.append(scale * factor)
         ctx.factors = factors
-        ctx.save_for_backward(x, x_length, proxies, length, c)
-        return losses
+        ctx.save_for_backward(x, x_length, unit, length, logits)
+        return tuple(values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *outer):
-        x, x_length, proxies, length, c = ctx.saved_tensors
-        scale = torch.stack([g * factor for g, factor in zip(outer, ctx.factors)])  # [T]
-        scale = scale.repeat_interleave(len(x) // len(scale), output_size=len(x))[:, None]
-        grad_x = through_normalization(c @ proxies, x, x_length / scale)
-        grad_proxies = through_normalization(c.T @ (scale * x), proxies, length)
+        x, x_length, unit, length, gradient = ctx.saved_tensors
+        factors = torch.stack([g * factor for g, factor in zip(outer, ctx.factors)])
+        scale = factors[:, None, None] / x_length  # [T, B, 1]
+        grad_x = scale * x
+        grad_unit = gradient.flatten(0, 1).T @ grad_x.flatten(0, 1)
+        grad_proxies = across(grad_unit, unit).div_(length)
+        torch.matmul(gradient, unit, out=grad_x)
+        across(grad_x, x, x_length).mul_(scale)
         return grad_x, grad_proxies, *(None for _ in outer)
 
 
-def through_normalization(gradient, unit, length):
-    """Gradient of v from that of unit = v / length, in place: what is along v changes nothing."""
-    along = torch.linalg.vecdot(unit, gradient)[:, None]
-    return gradient.addcmul_(unit, along, value=-1).div_(length)
+def row_lengths(x):
+    """[..., d] -> [..., 1], never zero."""
+    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() + 1e-12).sqrt_()
+
+
+def across(gradient, x, length=1):
+    """What of `gradient` is at right angles to x, in place: along x, x / length does not change."""
+    along = torch.linalg.vecdot(x, gradient)[..., None] / length**2
+    return gradient.addcmul_(x, along, value=-1)
+
+
+class Sample(torch.autograd.Function):
+    """Rows that the cosines are taken of, and the split term, from both heads and their noise.
+
+    head, head_specific [B, 2d], eps, eps_s [B, d] -> x [3, B, d]: mu, z and z_s; split, a scalar.
+    """
+
+    @staticmethod
+    def forward(ctx, head, head_specific, eps, eps_s):
+        (mu, s), (mu_s, s_s) = head.chunk(2, dim=1), head_specific.chunk(2, dim=1)
+        std, slope = softplus(s - 5)
+        std_s, slope_s = softplus(s_s - 5)
+        x = head.new_empty(3, *mu.shape)
+        x[0].copy_(mu)
+        torch.addcmul(mu, std, eps, out=x[1])
+        torch.addcmul(mu_s, std_s, eps_s, out=x[2])
+        ctx.save_for_backward(eps, slope, eps_s, slope_s, std_s, x)
+        return x, kl_estimate(x[2], log_standard_deviation(s_s, std_s), eps_s)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_x, grad_split):
+        eps, slope, eps_s, slope_s, std_s, x = ctx.saved_tensors
+        grad_mu, grad_z, grad_z_s = grad_x
+        grad, grad_specific = (eps.new_empty(len(eps), 2 * eps.shape[1]) for _ in range(2))
+        to_mu, to_s = grad.chunk(2, dim=1)
+        torch.add(grad_mu, grad_z, out=to_mu)
+        torch.mul(grad_z, eps, out=to_s).mul_(slope)
+
+        # split is (z_s^2 - eps_s^2) / 2 - log std_s, summed, times 1 / B
+        outer = grad_split / len(eps)
+        to_mu, to_s = grad_specific.chunk(2, dim=1)
+        torch.addcmul(grad_z_s, x[2], outer, out=to_mu)
+        torch.mul(to_mu, eps_s, out=to_s).mul_(slope_s)
+        to_s.addcmul_(slope_s / std_s, outer, value=-1)
+        return grad, grad_specific, None, None
 
 
 class ProxyAnchor(nn.Module):
@@ -83,54 +142,55 @@ class ProxyAnchor(nn.Module):
         """embeddings [B, d] of any length, labels [B] -> scalar loss."""
         with torch.autocast(embeddings.device.type, enabled=False):
             (loss,) = CosineTerms.apply(
-                at_least_float32(embeddings), at_least_float32(self.proxies), self.term(labels)
+                at_least_float32(embeddings)[None],
+                at_least_float32(self.proxies),
+                self.term(labels),
             )
         return loss
 
     def term(self, labels):
         """The loss as one of CosineTerms."""
         own = labels[:, None]  # differs: no one-hot targets, labels stay on the device
+        shift = self.alpha * self.margin
 
-        def anchor(c):
-            # A proxy's positives are the rows of its class, so sample by sample over [B, B] and
-            # not proxy by proxy over [B, C]: a class of n samples is there n times, at weight 1/n.
-            positive = -self.alpha * (c.gather(1, own) - self.margin)  # [B, 1]
-            same = own == labels
-            total = positive.T.masked_fill(~same, -torch.inf).logsumexp(dim=1)
-            total = torch.logaddexp(total, torch.zeros_like(total))
-            weight = 1 / same.sum(dim=1).to(c.dtype)
-            attract = (total * weight).sum() / weight.sum()
+        def anchor(logits):
+            num_classes = logits.shape[1]
+            # Both sums are log(1 + sum exp x) = top + log(exp(-top) + sum exp(x - top)), top >= 0.
+            positive = shift - logits.gather(1, own)[:, 0]  # [B]
+            top = logits.new_zeros(num_classes).scatter_reduce_(0, labels, positive, "amax")
+            e = (positive - top[labels]).exp_()
+            sums = (-top).exp_().index_add_(0, labels, e)  # 1 where a class has no positives
+            present = torch.zeros_like(top).index_fill_(0, labels, 1).sum()
+            attract = (top + sums.log()).sum() / present
+            pull = e / sums[labels] / present
 
-            factor = self.alpha / c.shape[1]
-            c.mul_(self.alpha).scatter_(1, own, -torch.inf)
-            top = (c.amax(dim=0) + self.alpha * self.margin).clamp(min=0)  # [C]
-            c.add_(self.alpha * self.margin - top).exp_()
-            sums = c.sum(dim=0) + (-top).exp()  # exp(-top) is the 1 of log(1 + ...)
+            logits.scatter_(1, own, -torch.inf)
+            top = (logits.amax(dim=0) + shift).clamp_(min=0)  # [C]
+            logits.add_(shift - top).exp_()
+            sums = (-top).exp_().add_(logits.sum(dim=0))
             repel = (top + sums.log()).mean()
 
-            c.div_(sums)
-            pull = (positive - total[:, None]).exp() / weight.sum()
-            c.scatter_(1, own, -self.alpha / factor * pull)
-            return attract + repel, factor
+            logits.div_(sums).scatter_(1, own, -num_classes * pull[:, None])
+            return attract + repel, 1 / num_classes
 
-        return anchor
+        return self.alpha, anchor
 
 
 def softmax_term(scale, labels=None):
-    """Cross-entropy of scale * c against the labels, or, without them, against the uniform
+    """Cross-entropy of scale * cosine against the labels, or, without them, against the uniform
     distribution over all C classes; mean over the batch; as one of CosineTerms."""
 
-    def cross_entropy(c):
-        log_p = c.mul_(scale).log_softmax(dim=1)
-        torch.exp(log_p, out=c)
+    def cross_entropy(logits):
+        log_p = logits.log_softmax(dim=1)
+        torch.exp(log_p, out=logits)
         if labels is None:
-            c.sub_(1 / c.shape[1])
-            return -log_p.mean(), scale / len(c)
+            logits.sub_(1 / logits.shape[1])
+            return -log_p.mean(), 1 / len(logits)
         own = labels[:, None]
-        c.scatter_add_(1, own, torch.full_like(own, -1, dtype=c.dtype))
-        return -log_p.gather(1, own).mean(), scale / len(c)
+        logits.scatter_add_(1, own, torch.full_like(own, -1, dtype=logits.dtype))
+        return -log_p.gather(1, own).mean(), 1 / len(logits)
 
-    return cross_entropy
+    return scale, cross_entropy
 
 
 class DDML(nn.Module):
@@ -146,25 +206,20 @@ class DDML(nn.Module):
         """head, head_specific [B, 2d]; labels [B]; noise: the pair (eps, eps_specific), each
         [B, d] standard normal, drawn here when None -> total, {term's name: unweighted scalar}."""
         with torch.autocast(head.device.type, enabled=False):
-            mu, s = at_least_float32(head).chunk(2, dim=1)
-            mu_s, s_s = at_least_float32(head_specific).chunk(2, dim=1)
-            eps, eps_s = (
-                (torch.randn_like(mu), torch.randn_like(mu))
-                if noise is None
-                else (n.to(mu.dtype) for n in noise)
-            )
-            std_s = standard_deviation(s_s)
-            z = mu + standard_deviation(s) * eps
-            z_s = mu_s + std_s * eps_s
+            head, head_specific = at_least_float32(head), at_least_float32(head_specific)
+            if noise is None:
+                mu = head[:, : head.shape[1] // 2]
+                noise = torch.randn_like(mu), torch.randn_like(mu)
+            x, split = Sample.apply(head, head_specific, *(eps.to(head.dtype) for eps in noise))
             metric, agnostic, specific = CosineTerms.apply(
-                torch.cat([mu, z, z_s]),
+                x,
                 at_least_float32(self.metric_loss.proxies),
                 self.metric_loss.term(labels),
                 softmax_term(self.scale),
                 softmax_term(self.scale, labels),
             )
-            split = kl_estimate(z_s, log_standard_deviation(s_s, std_s), eps_s)
-            total = metric + self.al * agnostic + self.be * specific + self.gam * split
+            total = metric.add(agnostic, alpha=self.al).add(specific, alpha=self.be)
+            total = total.add(split, alpha=self.gam)
         return total, {
             "metric": metric, "agnostic": agnostic, "specific": specific, "split": split
         }  # fmt: skip
