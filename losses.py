@@ -25,8 +25,8 @@ def softplus(x):
     """log(1 + exp x) and its derivative, at least exp(-87), about the least normal float32."""
     u = x.clamp(-87, 40).mul_(LOG2_E).exp2_()  # beyond 40 softplus(x) is x
     w = u + 1
-    # On CPUs torch's exp and log1p take three to six times as long as exp2 and log. What rounding
-    # added to w, (w - 1) - u, is all that log(w) lacks of log1p(u).
+    # On a CPU exp takes three times as long as exp2, and log1p, in some runs, as long as three logs.
+    # What rounding added to w, (w - 1) - u, is all that log(w) lacks of log1p(u).
     return torch.maximum(w.log().addcdiv_((w - 1).sub_(u), w, value=-1), x), u / w
 
 
@@ -57,7 +57,7 @@ class CosineTerms(torch.autograd.Function):
     def forward(ctx, x, proxies, *terms):
         x_length, length = row_lengths(x), row_lengths(proxies)
         unit = proxies / length
-        logits = x @ unit.T  # of rows divided by their length later, C being less than d
+        logits = x @ unit.T  # rows are scaled below, by the pass that each term needs anyway
         values, factors = [], []
         for (scale, loss), part, part_length in zip(terms, logits, x_length):
             value, factor = loss(part.mul_(scale / part_length))
@@ -87,7 +87,7 @@ def row_lengths(x):
 
 
 def across(gradient, x, length=1):
-    """What of `gradient` is at right angles to x, in place: along x, x / length does not change."""
+    """The part of `gradient` across x, in place: what is along x does not turn it."""
     along = torch.linalg.vecdot(x, gradient)[..., None] / length**2
     return gradient.addcmul_(x, along, value=-1)
 
@@ -101,31 +101,35 @@ class Sample(torch.autograd.Function):
     @staticmethod
     def forward(ctx, head, head_specific, eps, eps_s):
         (mu, s), (mu_s, s_s) = head.chunk(2, dim=1), head_specific.chunk(2, dim=1)
+        # One block: of six the C library gives more back to the system after every step, and
+        # getting the pages anew can take as long as a matrix product.
+        kept = head.new_empty(6, *mu.shape)
+        x, (z_by_s, z_s_by_s, log_std_by_s) = kept[:3], kept[3:]  # `a_by_b` is da / db
         std, slope = softplus(s - 5)
-        std_s, slope_s = softplus(s_s - 5)
-        x = head.new_empty(3, *mu.shape)
         x[0].copy_(mu)
         torch.addcmul(mu, std, eps, out=x[1])
-        torch.addcmul(mu_s, std_s, eps_s, out=x[2])
-        ctx.save_for_backward(eps, slope, eps_s, slope_s, std_s, x)
-        return x, kl_estimate(x[2], log_standard_deviation(s_s, std_s), eps_s)
+        torch.mul(slope, eps, out=z_by_s)
+        std, slope = softplus(s_s - 5)
+        torch.addcmul(mu_s, std, eps_s, out=x[2])
+        torch.mul(slope, eps_s, out=z_s_by_s)
+        torch.div(slope, std, out=log_std_by_s)
+        ctx.save_for_backward(kept)
+        return x, kl_estimate(x[2], log_standard_deviation(s_s, std), eps_s)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_x, grad_split):
-        eps, slope, eps_s, slope_s, std_s, x = ctx.saved_tensors
+        _, _, z_s, z_by_s, z_s_by_s, log_std_by_s = ctx.saved_tensors[0]
         grad_mu, grad_z, grad_z_s = grad_x
-        grad, grad_specific = (eps.new_empty(len(eps), 2 * eps.shape[1]) for _ in range(2))
+        grad, grad_specific = (z_s.new_empty(len(z_s), 2 * z_s.shape[1]) for _ in range(2))
         to_mu, to_s = grad.chunk(2, dim=1)
         torch.add(grad_mu, grad_z, out=to_mu)
-        torch.mul(grad_z, eps, out=to_s).mul_(slope)
+        torch.mul(grad_z, z_by_s, out=to_s)
 
-        # split is (z_s^2 - eps_s^2) / 2 - log std_s, summed, times 1 / B
-        outer = grad_split / len(eps)
+        outer = grad_split / len(z_s)  # of the sum of z_s^2 / 2 - log std_s
         to_mu, to_s = grad_specific.chunk(2, dim=1)
-        torch.addcmul(grad_z_s, x[2], outer, out=to_mu)
-        torch.mul(to_mu, eps_s, out=to_s).mul_(slope_s)
-        to_s.addcmul_(slope_s / std_s, outer, value=-1)
+        torch.addcmul(grad_z_s, z_s, outer, out=to_mu)
+        torch.mul(to_mu, z_s_by_s, out=to_s).addcmul_(log_std_by_s, outer, value=-1)
         return grad, grad_specific, None, None
 
 
