@@ -6,6 +6,9 @@ needs it.
 
 import argparse
 import contextlib
+import ctypes
+import errno
+import io
 import os
 import signal
 import sys
@@ -34,22 +37,44 @@ class Interrupted(BaseException):
 @contextlib.contextmanager
 def errors_in_one_line():
     """End the process for user errors and signals; our own bugs keep their traceback."""
-    name = Path(sys.argv[0]).name
+
+    def end(status, line):
+        with contextlib.suppress(OSError):  # the disk under stderr may be full as well
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        sys.exit(status)
+
     try:
         yield
     except UserError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        end(2, f"error: {' '.join(str(error).split())}")
     except BrokenPipeError:  # whoever read our output, as in `| head`, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in NOT_OUR_BUGS:
+            raise
+        if error.filename is None:  # not a file that we open, so the one behind a print
+            discard_output()
+        end(2, f"error: {error.filename or 'the output, or a process'}: {error.strerror}")
     except Interrupted as stop:
-        print(f"{name}: {signal.Signals(stop.number).name}: {stop.note}", file=sys.stderr)
-        sys.exit(128 + stop.number)
+        end(128 + stop.number, f"{signal.Signals(stop.number).name}: {stop.note}")
+
+
+# what the machine or the user's paths are to blame for
+NOT_OUR_BUGS = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP, errno.EMFILE,
+                errno.ENAMETOOLONG, errno.ENFILE, errno.ENOSPC, errno.ENOTDIR, errno.EPERM,
+                errno.EROFS}  # fmt: skip
+
+
+def discard_output():
+    """Else Python complains at its end about what it cannot write."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(main):
     """Call `main` as a script; its result is the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # files may be named in any encoding
     with errors_in_one_line(), Stop():
         status = main()
     sys.exit(status)
@@ -110,11 +135,17 @@ class Stop:
             raise Interrupted(self.signal)
 
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal to get when the parent dies
+
+
 def leave_signals_to_parent(*_):
     """For worker processes: Ctrl-C and a scheduler's SIGTERM reach them too, and the death of one
-    would break off what the parent has under way. So they live on, for as long as it may take."""
+    would break off what the parent has under way. So they live on, for as long as it may take, but
+    not longer than the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+    with contextlib.suppress(AttributeError):  # Linux alone has it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def warn(message):
@@ -181,25 +212,27 @@ def boolean(text):
         raise ValueError(text) from None  # argparse names the flag and the value
 
 
-def at_least(low, kind=int):
+def at_least(low, kind=int, most=10**9):
     """argparse type: a number no smaller than `low`, and not beyond all use."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= (2**63 if kind is int else 1e9):
+        if not low <= value <= most:
             raise ValueError(text)
         return value
 
-    parse.__name__ = f"number (at least {low})"
+    parse.__name__ = f"number ({low} to {most:,})"
     return parse
 
 
 def parse_stored(parser, flags, path, required=()):
     """The flags stored in a checkpoint, as a namespace, held to the same rules as typed ones."""
     argv = list(required)
+    if not all(isinstance(name, str) for name in flags):
+        raise UserError(f"{path}: its stored flags are not valid: their names are no text")
     for name, value in flags.items():
         if value is not None and name not in ("resume", "overwrite"):  # they are no settings
-            flag = name.replace("_", "-") if str(name).islower() else name  # LOG_DIR, IPC
+            flag = name.replace("_", "-") if name.islower() else name  # LOG_DIR, IPC
             argv.append(f"--{flag}={value}")
     try:
         return parser.parse_args(argv)
@@ -209,8 +242,8 @@ def parse_stored(parser, flags, path, required=()):
 
 def name_part(text):
     """argparse type: what may be part of a folder's name."""
-    if "/" in text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"it cannot hold a /, as in {text}")
+    if "/" in text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"a folder's name cannot hold {ascii(text)}")
     return text
 
 
@@ -218,7 +251,7 @@ def image_size(text):
     """argparse type: BN-Inception joins maps that it has halved in two ways, one rounding up and
     one down, so the last maps but one have to have even sides."""
     value = int(text)
-    if value < 31 or (value + 1) % 32 >= 8:
+    if not 31 <= value <= 2**12 or (value + 1) % 32 >= 8:
         raise argparse.ArgumentTypeError(
             f"BN-Inception takes multiples of 32 and up to 6 pixels more, not {value}"
         )

@@ -28,7 +28,7 @@ def build_parser():
     add("--dataset", default="cub", type=dataset.canonical_name, help="cub, car, SOP, demo")
     add("--data-root", default="./data", help="folder of the extracted data sets")
     add("--model", default="bn_inception", choices=MODELS)
-    add("--embedding-size", default=512, type=at_least(1), help="d")
+    add("--embedding-size", default=512, type=at_least(1, most=2**13), help="d")
     add("--l2-norm", default=True, type=boolean, help="the heads are L2-normalised")
     add("--image-size", default=224, type=image_size, help="pixels; resized to 256/224 of it")
     add("--batch-size", default=150, type=at_least(1))
@@ -209,7 +209,8 @@ def resolve_flags(parser, argv):
 
 def main(argv=None):
     args, state, disent = resolve_flags(build_parser(), argv)
-    if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
+    out = args.json and Path(args.json).resolve()
+    if out and (out.exists() and not out.is_file() or not out.parent.is_dir()):
         raise UserError(f"--json {args.json}: not a file's path in a folder that exists")
     device = choose_device(args.gpu_id)
     model = create_model(args.model, args.embedding_size, disent, args.l2_norm)
@@ -224,8 +225,8 @@ def main(argv=None):
     print(f"{args.resume} {args.remark}".strip())
     for k, recall in recalls.items():
         print(f"R@{k} : {100 * recall:.3f}")
-    if args.json:
-        write_json(Path(args.json), {f"R@{k}": 100 * recall for k, recall in recalls.items()})
+    if out:
+        write_json(out, {f"R@{k}": 100 * recall for k, recall in recalls.items()})
 
 
 if __name__ == "__main__":

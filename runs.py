@@ -15,13 +15,16 @@ from cli import UserError, parse_stored, warn
 from utils import read_checkpoint, write_atomically, write_checkpoint, write_json
 
 # The optimiser of a continued run has made its steps in another process.
-warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step()` before")
+warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
 # Flags that may differ when a run is continued: they do not change what is computed.
 FREE_ON_RESUME = {"epochs", "workers", "cache", "gpu_id", "data_root", "LOG_DIR", "wandb",
                   "resume", "overwrite", "checkpoint_every"}  # fmt: skip
 PARTS = {"model_state_dict", "criterion_state_dict", "optimizer_state_dict",
          "scheduler_state_dict", "epoch", "partial", "args", "history", "data"}  # fmt: skip
+
+
+REPLACED = ".replaced"  # ends the names of a run's files that --overwrite has put aside
 
 
 class RunFolder:
@@ -73,17 +76,18 @@ class RunFolder:
             return record
         except OSError as error:
             raise UserError(f"{self.folder}: {error.strerror}") from error
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{self.args}: damaged; delete it, --resume writes a new one") from None
 
     def start(self, record, history):
-        """Write args.json and the results so far; a new run (history None) first removes what is
-        left of another."""
+        """Write args.json and the results so far. A new run (history None) first puts the files of
+        another aside, to be removed when it has saved something itself."""
         try:
             for file in self.files if history is None else []:
-                file.unlink(missing_ok=True)
+                if file.exists():
+                    os.replace(file, f"{file}{REPLACED}")
         except OSError as error:
-            raise UserError(f"{file}: cannot be removed ({error.strerror})") from error
+            raise UserError(f"{file}: cannot be renamed ({error.strerror})") from error
         write_json(self.args, record)
         self.write_results(history or [])
 
@@ -96,6 +100,8 @@ class RunFolder:
     def save(self, checkpoint):
         """Save the state that --resume continues from; the one before is kept."""
         write_checkpoint(self.last, checkpoint, keep=self.previous)
+        for replaced in self.folder.glob(f"*{REPLACED}"):
+            replaced.unlink()
 
     def save_epoch(self, checkpoint):
         """Save a finished epoch. What --resume reads comes last, so that an interrupted save is
@@ -178,7 +184,13 @@ def open_run(parser, args, given):
             )
         return args, run_folder, None
     if args.resume:
-        checkpoint = read_checkpoint(args.resume)
+        try:
+            checkpoint = read_checkpoint(args.resume)
+        except UserError as error:
+            previous = args.resume.replace("_last.pth", "_previous.pth")
+            if previous == args.resume or not Path(previous).is_file():
+                raise
+            raise UserError(f"{error}; the one before it is {previous}") from error
         args = merge_flags(parser, args, given, checkpoint, args.resume)
         run_folder = RunFolder(Path(args.resume).parent, args)
         if "LOG_DIR" in given and run_folder_path(args).resolve() != run_folder.folder.resolve():
@@ -188,10 +200,11 @@ def open_run(parser, args, given):
             )
         run_folder.lock()
         newest = run_folder.newest_checkpoint()
-        if newest and progress_of(newest[1]) > progress_of(checkpoint):
-            print(f"{args.resume} is not the newest of its run: continuing from {newest[0]}")
-            checkpoint = newest[1]
-            args = merge_flags(parser, args, given, checkpoint, newest[0])
+        if newest:
+            newest_args = merge_flags(parser, args, given, newest[1], newest[0])
+            if progress_of(newest[1]) > progress_of(checkpoint):
+                print(f"{args.resume} is not the newest of its run: continuing from {newest[0]}")
+                return newest_args, run_folder, newest[1]
         return args, run_folder, checkpoint
     run_folder = RunFolder(run_folder_path(args), args)
     if not any(file.exists() for file in run_folder.files):
@@ -226,25 +239,31 @@ def merge_flags(parser, args, given, checkpoint, path):
 
 
 def progress_of(checkpoint):
-    """Orders the checkpoints of a run; one that cannot be continued comes first."""
-    partial, history = checkpoint.get("partial"), checkpoint.get("history", [])
-    return len(history), partial["step"] if partial else 0
+    """Orders the checkpoints of a run."""
+    partial = checkpoint["partial"]
+    return len(checkpoint["history"]), partial["step"] if partial else 0
 
 
 def check_state(checkpoint, path):
     """Refuse what no run of ours has written, before anything is computed from it."""
     epoch, partial, history = checkpoint["epoch"], checkpoint["partial"], checkpoint["history"]
-    numbers = (int, float)
+
+    def numbers(record, or_none=False):
+        return isinstance(record, dict) and all(
+            isinstance(name, str)
+            and (or_none if value is None else type(value) in (int, float) and abs(value) < 1e300)
+            for name, value in record.items()
+        )
+
     sound = (
         type(epoch) is int
         and isinstance(history, list)
         and len(history) == epoch + (partial is None)
         and all(
-            isinstance(record, dict)
+            numbers(record, or_none=True)
             and record.get("epoch") == i
-            and isinstance(record.get("R@1"), numbers)
-            and all(isinstance(value, numbers) for value in recalls_of(record).values())
-            and all(isinstance(value, (*numbers, type(None))) for value in record.values())
+            and "R@1" in record
+            and None not in recalls_of(record).values()
             for i, record in enumerate(history)
         )
         and isinstance(checkpoint["args"], dict)
@@ -255,11 +274,10 @@ def check_state(checkpoint, path):
             and isinstance(partial, dict)
             and type(partial.get("step")) is int
             and partial["step"] >= 0
-            and isinstance(partial.get("totals"), dict)
+            and numbers(partial.get("totals"))
             and (partial["step"] == 0 or "loss" in partial["totals"])
-            and all(type(value) is float for value in partial["totals"].values())
-            and isinstance(partial.get("seconds"), dict)
-            and all(type(partial["seconds"].get(what)) is float for what in ("data", "step"))
+            and numbers(partial.get("seconds"))
+            and partial["seconds"].keys() == {"data", "step"}
         )
     if not sound:
         raise UserError(f"{path}: its epoch, partial, history or args are not a training run's")
@@ -293,20 +311,26 @@ def require_tensors(optimizer, state):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     like = state_after_a_step(optimizer)
     for number, tensors in state.items():
+        if number not in range(len(parameters)):
+            raise ValueError(f"there is no parameter {number}")
         if tensors.keys() != like.keys():
             raise ValueError(f"it has {', '.join(tensors)}, not {', '.join(like)}")
         for name, tensor in tensors.items():
             shape = parameters[number].shape if like[name].dim() else ()
             if tensor.shape != shape or not tensor.is_floating_point():
                 raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {shape}")
-            if shape == () and not tensor >= 0:
-                raise ValueError(f"{name} is {tensor}")
+            if tensor.layout != torch.strided or 0 in tensor.stride():
+                raise ValueError(f"{name} is not an ordinary tensor")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} is not finite")
+            if like[name] >= 0 > tensor.min():  # a count or a mean of squares
+                raise ValueError(f"{name} is negative")
 
 
 def state_after_a_step(optimizer):
-    """{name: tensor} that an optimiser of this kind keeps of a parameter [1]."""
+    """{name: tensor} that an optimiser of this kind keeps of a parameter [1] of gradient -1."""
     parameter = torch.nn.Parameter(torch.zeros(1))
-    parameter.grad = torch.zeros(1)
+    parameter.grad = -torch.ones(1)
     scratch = type(optimizer)([parameter])
     scratch.param_groups[0].update({**optimizer.param_groups[0], "params": [parameter]})
     scratch.step()

@@ -35,7 +35,10 @@ def has_wandb_account():
         return True
     import wandb
 
-    url = urlparse(wandb.Settings().base_url)
+    try:
+        url = urlparse(wandb.Settings().base_url)
+    except ValueError as error:  # pydantic's, of several lines
+        raise UserError(f"wandb's settings, WANDB_BASE_URL among them: {error}") from error
     try:
         known = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):

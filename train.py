@@ -6,6 +6,7 @@ The flags are the published script's; README.md has its three commands.
 import hashlib
 import math
 import os
+import shlex
 import time
 
 import dataset
@@ -48,7 +49,7 @@ def build_parser():
 
     add = parser.add_argument_group("network").add_argument
     add("--model", default="bn_inception", choices=MODELS)
-    add("--embedding-size", default=512, type=at_least(1), help="d")
+    add("--embedding-size", default=512, type=at_least(1, most=2**13), help="d")
     add("--l2-norm", default=True, type=boolean, help="L2-normalise the heads")
     add("--weights", default="imagenet", help="imagenet, none, or a checkpoint's path")
 
@@ -70,7 +71,7 @@ def build_parser():
     add("--lr-decay-gamma", default=0.5, type=at_least(0, float), help="factor of a decay")
     add("--warm", default=1, type=at_least(0), help="epochs in which only heads and proxies train")
     add("--bn-freeze", default=True, type=boolean, help="keep BatchNorm's running statistics")
-    add("--seed", default=1, type=at_least(0))
+    add("--seed", default=1, type=at_least(0, most=2**63))
     add("--gpu-id", default=0, type=at_least(-1), help="-1: all GPUs (not supported yet)")
     add("--deterministic", default=False, const=True, nargs="?", type=boolean,
         help="the same bits each time on CUDA too, at some cost in speed")  # fmt: skip
@@ -263,6 +264,7 @@ class Training:
 
     def state(self, log=None):
         """A checkpoint: of a finished epoch, or with `log` of the one that it has begun."""
+        self.require_finite()
         partial = log and {"step": log.step, "totals": log.totals, "seconds": log.seconds}
         return {
             "model_state_dict": self.model.state_dict(),  # differs: the script saves this alone
@@ -276,6 +278,17 @@ class Training:
             "history": self.history,
             "data": self.data,  # which images: with other ones it is another run
         }
+
+    def require_finite(self):
+        """An update can overflow where loss and gradient did not; that is not to be saved."""
+        modules, moments = (self.model, self.criterion), self.optimizer.state.values()
+        tensors = [tensor for module in modules for tensor in module.state_dict().values()]
+        tensors += [tensor for state in moments for tensor in state.values()]
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise UserError(
+                "the weights or the optimiser's state are no longer finite; nothing of this was "
+                "saved, and the last checkpoint is good. A smaller --lr or --weight-decay may help"
+            )
 
     def load(self, checkpoint, path):
         if checkpoint["data"] != self.data:
@@ -327,7 +340,7 @@ def run_epoch(training, trains, tests, log, run_folder, stop):
             "seconds": trained + evaluated,
             **{f"seconds_{what}": seconds for what, seconds in log.seconds.items()},
             "seconds_eval": evaluated,
-            "images_per_second": log.step * args.batch_size / trained,
+            "images_per_second": log.step * args.batch_size / max(trained, 1e-9),
             **{f"R@{k}": 100 * recall for k, recall in recalls.items()},
         })  # fmt: skip
         training.scheduler.step()
@@ -437,7 +450,8 @@ def main(argv=None):
                 log = StepLog(log.epoch + 1)
         except Interrupted as interrupted:
             if run_folder.last.exists():
-                interrupted.note = f"continue with: python train.py --resume {run_folder.last}"
+                last = shlex.quote(str(run_folder.last))
+                interrupted.note = f"continue with: python train.py --resume {last}"
             raise
     print(summary(training.history), end="")
     print(f"run folder: {run_folder.folder}")

@@ -115,17 +115,37 @@ def check_zip(data):
             raise BadCheckpoint("it unpacks to more than its size")
 
 
+def load(data):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch muses on odd files before it refuses them
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def outlived(read):
+    """Whether a child process outlives `read`: a crash is no exception that could be caught."""
+    child = os.fork()
+    if not child:
+        try:
+            with contextlib.suppress(Exception):
+                read()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
 def read_checkpoint(path):
     """The dictionary in a .pth file; executes nothing. Any file that is none, that is damaged or
     that would unpack to more than its size is a UserError."""
     try:
         if os.path.getsize(path) > MAX_CHECKPOINT_BYTES:
             raise BadCheckpoint("it is larger than 4 GiB")
+        if not os.path.isfile(path) and not os.path.isdir(path):
+            raise BadCheckpoint("it is a device or a pipe")
         data = Path(path).read_bytes()
         check_zip(data)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch muses on odd files before it refuses them
-            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not outlived(lambda: load(data)):
+            raise BadCheckpoint("it crashes Python, by values within values without end")
+        checkpoint = load(data)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load fails in a dozen ways, and words few of them well

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,22 +21,33 @@ FOLDER = "decoded"  # below the data root, for --cache disk
 class Cache:
     """Every image of a file of pixels, under its path: a drop-in for `read_image`.
 
-    The file has the RGB bytes of the images one after another, then their int32 [N, 2] widths and
-    heights. It is opened once per process, and its memory is the kernel's: all workers share it.
+    The file has the RGB bytes of the images one after another, then int64 [N, 3]: the width, the
+    height and the CRC-32 of each. It is opened once per process, and its memory is the kernel's:
+    all workers share it.
     """
 
     def __init__(self, file, paths):
         self.file, self.descriptor = file, os.open(file, os.O_RDONLY)
-        tail, length = 8 * len(paths), os.fstat(self.descriptor).st_size
-        sizes = os.pread(self.descriptor, tail, max(length - tail, 0))
-        sizes = np.frombuffer(sizes, np.int32).reshape(len(paths), 2)
-        starts = start_of_each(sizes)
+        tail, length = 24 * len(paths), os.fstat(self.descriptor).st_size
+        index = os.pread(self.descriptor, tail, max(length - tail, 0))
+        index = np.frombuffer(index, np.int64).reshape(len(paths), 3)
+        starts = start_of_each(index[:, :2])
         if length != starts[-1] + tail:
             raise ValueError(f"{file}: not of the length that its sizes say")
         self.images = {
             path: (start, width, height)
-            for path, start, (width, height) in zip(paths, starts.tolist(), sizes.tolist())
+            for path, start, (width, height, _) in zip(paths, starts.tolist(), index.tolist())
         }
+        self.checksums = index[:, 2].tolist()
+
+    def verify(self, workers):
+        """Raise ValueError where a pixel is not what was decoded."""
+        found = in_parallel(self.checksum, list(self.images), workers, "verifying decoded images")
+        if found != self.checksums:
+            raise ValueError(f"{self.file}: damaged")
+
+    def checksum(self, path):
+        return zlib.crc32(self(path).tobytes())
 
     def __call__(self, path):
         start, width, height = self.images[path]
@@ -54,8 +66,7 @@ class Cache:
 
 def start_of_each(sizes):
     """[N + 1] where each image of these sizes [N, 2] begins, and the last ends."""
-    areas = sizes.astype(np.int64).prod(axis=1)
-    return np.concatenate([[0], 3 * areas.cumsum()])
+    return np.concatenate([[0], 3 * sizes.prod(axis=1).cumsum()])
 
 
 def open_cache(kind, name, paths, root, workers):
@@ -93,7 +104,9 @@ def on_disk(name, paths, root, workers):
             print(f"waiting for another process, which decodes {name} just now", flush=True)
             fcntl.lockf(lock, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError, ValueError):  # not there, or damaged
-            return Cache(file, paths)
+            cache = Cache(file, paths)
+            cache.verify(workers)
+            return cache
         for old in folder.glob(f"*{name}.*.pixels*"):
             old.unlink()
         free = shutil.disk_usage(folder).free
@@ -118,8 +131,8 @@ def fingerprint(paths, root):
 
 
 def sizes_that_fit(paths, workers, kind, available, what):
-    """int32 [N, 2] width and height of each image; a UserError if they need more than there is."""
-    sizes = np.array(in_parallel(image_size, paths, workers, "sizes of the images"), np.int32)
+    """int64 [N, 2] width and height of each image; a UserError if they need more than there is."""
+    sizes = np.array(in_parallel(image_size, paths, workers, "sizes of images"))
     needed = start_of_each(sizes)[-1]
     if needed > available:
         raise UserError(
@@ -151,24 +164,32 @@ def decode(paths, sizes, file, workers):
         (path, tuple(size), file, start)
         for path, size, start in zip(paths, sizes.tolist(), start_of_each(sizes).tolist())
     ]
-    with open(file, "wb") as out:
-        in_parallel(decode_one, jobs, workers, "decoding the images")
-        out.seek(0, os.SEEK_END)
-        out.write(sizes.tobytes())
-        out.flush()
-        os.fsync(out.fileno())
+    try:
+        with open(file, "wb") as out:
+            checksums = in_parallel(decode_one, jobs, workers, "decoding images")
+            out.seek(0, os.SEEK_END)
+            out.write(np.column_stack([sizes, checksums]).tobytes())
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as error:
+        raise UserError(
+            f"--cache: {file}: cannot be written, {start_of_each(sizes)[-1]:,} bytes needed "
+            f"({error.strerror}); use another --cache, or none"
+        ) from error
 
 
 def decode_one(job):
+    """Write an image where it belongs; its CRC-32."""
     path, size, file, start = job
     image = read_image(path)
     if image.size != size:
         raise UserError(f"{path}: changed while it was decoded")
     descriptor = os.open(file, os.O_WRONLY)
     try:
-        data = memoryview(image.tobytes())
-        while data:
-            written = os.pwrite(descriptor, data, start)
-            data, start = data[written:], start + written
+        data = rest = memoryview(image.tobytes())
+        while rest:
+            written = os.pwrite(descriptor, rest, start)
+            rest, start = rest[written:], start + written
     finally:
         os.close(descriptor)
+    return zlib.crc32(data)

@@ -6,9 +6,11 @@ python -m dataset.check --dataset cub
 import hashlib
 import os
 
+from PIL import Image
+
 import dataset
 from cli import Parser, UserError, at_least, in_parallel, plural, run
-from dataset.files import read_image
+from dataset.files import opened, read_image
 
 
 def look_at(path):
@@ -19,11 +21,23 @@ def look_at(path):
         with open(path, "rb") as file:
             digest = hashlib.sha256(file.read()).hexdigest()
         read_image(path)
-        return digest, None
+        return digest, oddity(path)
     except OSError as error:
         return None, f"{path}: {error.strerror}"
     except UserError as error:
         return digest, str(error)
+
+
+def oddity(path):
+    """What is read, but not as it says it is, or None."""
+    with opened(path) as image:
+        kinds = Image.registered_extensions()
+        named = kinds.get(os.path.splitext(path)[1].lower())
+        if named != image.format:
+            return f"{path}: a {image.format} file by another name"
+        if image.mode == "CMYK" and "icc_profile" in image.info:
+            return f"{path}: CMYK, whose colour profile is left aside"
+    return None
 
 
 def check(name, root, workers):

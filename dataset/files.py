@@ -12,6 +12,8 @@ from cli import UserError
 # what torchvision's ImageFolder takes for an image
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 
+FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]  # Pillow would run PostScript
+
 
 def read_image(path):
     """Any image file as RGB: grayscale, palette, RGBA and CMYK are converted."""
@@ -34,9 +36,11 @@ def opened(path):
             raise ValueError("not a file")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if image.mode[0] in "IF":
+            with Image.open(path, formats=FORMATS) as image:
+                if image.mode[0] in "IF" or ";16" in str(image.tile):
                     raise ValueError(f"its pixels are of more than 8 bits, mode {image.mode}")
+                if max(image.size) > 100 * min(image.size):  # resized, it could be of any size
+                    raise ValueError(f"its sides, {image.size}, are too unequal")
                 yield image
     except Exception as error:  # decoders fail in many ways, all of them the file's
         raise UserError(f"{path}: not an image that can be read ({error})") from error

@@ -15,6 +15,8 @@ def read(root, split):
     try:
         rows = [line.split() for line in file.read_text().splitlines()[1:] if line.strip()]
         items = [(path, int(class_id) - 1) for _, class_id, _, path in rows]
+        if not all(0 <= label < 2**31 for _, label in items):
+            raise ValueError("class ids are counted from 1")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{file}: each line after the header must be `image_id class_id super_class_id path` "

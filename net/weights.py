@@ -79,7 +79,7 @@ def load_strictly(model, state, path):
     misshapen = []
     for name in expected.keys() & state.keys():
         shape = getattr(state[name], "shape", None)
-        if shape != expected[name].shape:
+        if shape != expected[name].shape or state[name].is_complex():
             found = tuple(shape) if shape is not None else type(state[name]).__name__
             misshapen.append(f"{name} {found} instead of {tuple(expected[name].shape)}")
     problems = {

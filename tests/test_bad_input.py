@@ -73,8 +73,13 @@ FLAGS = [
     ("--IPC 3",                      "--IPC 3"),
     ("--IPC 2",                      "--IPC 2"),
     ("--batch 8",                    "unrecognized arguments: --batch 8"),
-    ("--remark a/b",                 "--remark: it cannot hold a /, as in a/b"),
+    ("--remark a/b",                 "--remark: a folder's name cannot hold 'a/b'"),
     (f"--remark {'x' * 250}",        "too long"),
+    (f"--LOG_DIR {'x' * 300}",       "File name too long"),
+    ("--remark '\udcff'",            "a folder's name cannot hold"),
+    ("--embedding-size 1000000000",  "--embedding-size: invalid number"),
+    ("--batch-size 9223372036854775808", "--batch-size: invalid number"),
+    ("--image-size 320000",          "--image-size: BN-Inception takes"),
     ("--gpu-id -2",                  "--gpu-id: invalid number"),
     ("--checkpoint-every 0",         "--checkpoint-every: invalid number"),
     ("--weights nowhere.pth",        "nowhere.pth: no such checkpoint"),
@@ -98,14 +103,14 @@ def test_a_bad_flag_ends_in_one_line(here, capsys, flags, line):
     assert snapshot(here) == before
 
 
-def png(width, height, bits=8):
+def png(width, height, bits=8, colour=0):
     """A PNG that claims this size and holds hardly any data."""
 
     def chunk(kind, data):
         body = kind + data
         return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
-    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     data = zlib.compress(bytes(100))
     chunks = chunk(b"IHDR", header), chunk(b"IDAT", data), chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
@@ -138,6 +143,9 @@ IMAGES = {
     "a decompression bomb": png(30000, 30000),
     "half a decompression bomb": png(12000, 12000),
     "16 bits": as_bytes(Image.fromarray(np.full((40, 40), 40000, np.uint16)), "PNG"),
+    "16 bits of RGB": png(40, 40, bits=16, colour=2),
+    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n",
+    "a thread": as_bytes(Image.new("L", (1, 8000)), "PNG"),
     "floating point": as_bytes(Image.fromarray(np.ones((40, 40), np.float32)), "TIFF"),
     "a folder": replaced_by_folder,
     "a dangling link": dangling,
@@ -219,6 +227,8 @@ TREES = [
     (sop_list(b"\xff\xfe\x00 1 1 x\n"),                       "Ebay_train.txt: each line"),
     (sop_list("1 1 1 ../../etc/passwd\n"),                    "leaves the data set's folder"),
     (sop_list("1 1 1 /etc/passwd\n"),                         "leaves the data set's folder"),
+    (sop_list("1 0 1 a.jpg\n"),                               "Ebay_train.txt: each line"),
+    (sop_list(f"1 {10**22} 1 a.jpg\n", "Ebay_test.txt"),      "Ebay_test.txt: each line"),
     (sop_list("1 1 1 nowhere.jpg\n"),                         "none of the files"),
     (sop_list("1 1 1 a\0b.jpg\n"),                            "none of the files"),
     (sop_list("1 1 1 ../x.jpg\n", "Ebay_test.txt"),           "leaves the data set's folder"),
@@ -256,6 +266,14 @@ def bomb(path):
 def sparse(path):
     with open(path, "wb") as file:
         file.truncate(2**33)
+
+
+def crashing(path):
+    """A tuple in a tuple, three million times, as a key: its hash overflows the stack."""
+    pickled = b"\x80\x02}" + b")" + b"\x85" * 3_000_000 + b"K\x01s."
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in (("data.pkl", pickled), ("version", b"3"), ("byteorder", b"little")):
+            archive.writestr(f"archive/{name}", data)
 
 
 def altered(change, save=torch.save):
@@ -330,6 +348,11 @@ CHECKPOINTS = [
     (EVALUATE,  damaged(flip),                                   "its SHA-256 is not the stored"),
     (EVALUATE,  weight(5),                                       "embedding.weight int instead of"),
     (EVALUATE,  weight(torch.tensor(1.0)),                       "embedding.weight () instead"),
+    (EVALUATE,  lambda path: os.unlink(path) or os.mkfifo(path), "it is a device or a pipe"),
+    (EVALUATE,  crashing,                                        "it crashes Python"),
+    (EVALUATE,  weight(torch.zeros(16, 1024, dtype=torch.complex64)), "misshapen"),
+    (EVALUATE,  flag(("a",), 1),                                 "stored flags are not valid"),
+    (EVALUATE,  flag("embedding_size", 10**9),                   "stored flags are not valid"),
     (EVALUATE,  weight(torch.zeros(3, 3)),                       "misshapen"),
     (EVALUATE,  weight(torch.full((16, 1024), float("nan"))),    "not all finite"),
     (EVALUATE,  weight(torch.zeros(16, 1024).to_sparse()),       "cannot be loaded"),
@@ -352,12 +375,19 @@ CHECKPOINTS = [
     (TRAIN,     forged("optimizer", "state", 279, "step", value=torch.tensor(-9.0)), "step is"),
     (TRAIN,     forged("optimizer", "state", 279, "step", value="x"), "optimiser or scheduler"),
     (TRAIN,     forged("optimizer", "state", 279, "exp_avg", value=torch.ones(16).int()), "int32"),
+    (TRAIN,     forged("optimizer", "state", 279, "exp_avg", value=torch.ones(16) / 0), "finite"),
+    (TRAIN,     forged("optimizer", "state", 279, "exp_avg_sq", value=-torch.ones(16)), "negative"),
+    (TRAIN,     forged("optimizer", "state", 279, "exp_avg", value=torch.ones(1).expand(16)),
+     "ordinary"),
     (TRAIN,     put("criterion_state_dict", {"metric_loss.proxies": torch.zeros(9, 8)}), "(9, 8)"),
     (TRAIN,     put("epoch", "two"),                             "are not a training run's"),
     (TRAIN,     put("history", []),                              "are not a training run's"),
     (TRAIN,     put("history", [{"epoch": 0, "R@1": "best"}]),   "are not a training run's"),
     (TRAIN,     put("partial", {"step": -1}),                    "are not a training run's"),
     (TRAIN,     put("history", [{"epoch": 0, "R@1": 1.0, "R@2": None}]), "not a training run's"),
+    (TRAIN,     put("history", [{"epoch": 0, "R@1": float("nan")}]), "not a training run's"),
+    (TRAIN,     put("history", [{"epoch": 0, "R@1": 10**400}]),  "not a training run's"),
+    (TRAIN,     put("history", [{"epoch": 0, "R@1": 1.0, 5: 1}]), "not a training run's"),
     (TRAIN,     put("args", [1]),                                "are not a training run's"),
     (TRAIN,     flag("lr", float("nan")),                        "stored flags are not valid"),
     (TRAIN,     flag("nonsense", 1),                             "stored flags are not valid"),
@@ -399,6 +429,8 @@ def test_a_bad_checkpoint_ends_in_one_line_and_executes_nothing(
     ("--resume nowhere.pth",                    "nowhere.pth: no such checkpoint"),
     ("--resume {run} --json /nowhere/r.json",   "--json /nowhere/r.json"),
     ("--resume {run} --json /",                 "--json /"),
+    ("--resume {run} --json /dev/null",         "--json /dev/null"),
+    ("--resume /dev/zero",                      "it is a device or a pipe"),
     ("--resume {run} --dataset birds",          "--dataset birds: unknown data set"),
     ("--resume {run} --embedding-size 9",       "embedding.weight (16, 1024) instead of (18"),
     ("--resume {run} --data-root nowhere",      "tried nowhere"),
@@ -445,7 +477,9 @@ def test_fuzzed_list_files_are_read_or_refused(tmp_path, text):
     folder = tmp_path / SOP
     folder.mkdir(exist_ok=True)
     (folder / "Ebay_train.txt").write_text("header\n" + text, encoding="utf-8", newline="")
-    reads_or_refuses(lambda: dataset.load("SOP", tmp_path, "train"))
+    (folder / "Ebay_test.txt").write_text("header\n" + text, encoding="utf-8", newline="")
+    for split in ("train", "test"):
+        reads_or_refuses(lambda: dataset.load("SOP", tmp_path, split))  # noqa: B023
 
 
 @FUZZ

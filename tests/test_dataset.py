@@ -355,10 +355,13 @@ def test_two_processes_that_want_the_same_disk_cache_decode_it_once(mixed):
     assert first == second and first.exists()
 
 
-@pytest.mark.parametrize("length", [0, 5, -1])
-def test_a_damaged_disk_cache_is_made_anew(mixed, length):
+@pytest.mark.parametrize("damage", [
+    lambda data: b"", lambda data: data[:5], lambda data: data[:-1],
+    lambda data: bytes(9) + data[9:], lambda data: data[:-20] + bytes(20),
+])  # fmt: skip
+def test_a_damaged_disk_cache_is_made_anew(mixed, damage):
     file = cached("disk", mixed).file
-    file.write_bytes(file.read_bytes()[:length])
+    file.write_bytes(damage(file.read_bytes()))
     for path in mixed.paths:
         assert cached("disk", mixed)(path).tobytes() == read_image(path).tobytes()
 
@@ -388,7 +391,7 @@ def test_a_full_disk_ends_caching_in_one_line_and_nothing_is_left(mixed, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(UserError, match=f"--cache {kind}: No space left on device; use another"):
+    with pytest.raises(UserError, match="cannot be written, .* bytes needed .No space left"):
         cached(kind, mixed)
     assert not list(Path(mixed.paths[0]).parents[2].rglob("*.pixels*"))
 
@@ -425,6 +428,16 @@ def test_check_lists_all_problems_at_once_with_their_paths(tmp_path, capsys):
     assert sum(line.startswith(f"{empty}: not an image") for line in lines) == 1
     assert any("Bird_0000.jpg: the same file is in the test half" in line for line in lines)
     assert any(line.endswith(str(twin)) for line in lines)
+
+
+def test_check_names_images_that_are_not_what_they_say(tmp_path, capsys):
+    folder = make_cub(tmp_path) / "CUB_200_2011/images/001.Bird_0"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+    noise.save(folder / "Bird_0003.jpg", "PNG")
+    noise.convert("CMYK").save(folder / "Bird_0004.jpg", icc_profile=b"x" * 200)
+    _, lines = run_check(capsys, "cub", tmp_path)
+    assert f"{folder}/Bird_0003.jpg: a PNG file by another name" in lines
+    assert f"{folder}/Bird_0004.jpg: CMYK, whose colour profile is left aside" in lines
 
 
 def test_check_names_files_that_a_list_has_and_the_disk_has_not(tmp_path, capsys):

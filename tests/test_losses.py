@@ -109,6 +109,49 @@ def test_log_std_and_its_gradient_stay_finite_and_right(s):
     assert 0 < x.grad <= 1
 
 
+@pytest.mark.parametrize("s", [torch.arange(-120.0, 0, 7.5), torch.arange(0, 121.0, 7.5)])
+def test_extreme_s_is_as_right_in_float32_as_in_float64(s):
+    d = len(s)
+    noise = torch.randn(2, B, d, generator=torch.Generator().manual_seed(0))
+    head = torch.cat([torch.linspace(-1, 1, d), s]).repeat(B, 1)
+
+    def compute(dtype):
+        heads = [head.to(dtype, copy=True).requires_grad_() for _ in range(2)]
+        criterion = DDML(ProxyAnchor(C, d), al=1.0, be=1.0, gam=1.0).to(dtype)
+        criterion.metric_loss.proxies.data.copy_(torch.eye(C, d))
+        loss, terms = criterion(*heads, torch.arange(B) % C, noise)
+        loss.backward()
+        return *(x.grad for x in heads), terms["split"].detach()
+
+    for ours, exact in zip(compute(torch.float32), compute(torch.float64)):
+        # exp carries the rounding of s - 5, a number of up to 125
+        atol = 1e-6 * exact.abs().max().item()
+        torch.testing.assert_close(ours.double(), exact, rtol=2e-5, atol=atol)
+    std, exact = standard_deviation(s), standard_deviation(s.double())
+    torch.testing.assert_close(std.double(), exact, rtol=2e-5, atol=1e-37)
+
+
+def test_gradients_in_closed_form_are_those_of_the_values():
+    head, head_specific, labels = batch(torch.float64)
+    criterion = make_ddml(al=0.5, be=2.0, gam=0.25).double()
+    proxies, noise = criterion.metric_loss.proxies, torch.randn(2, B, D, dtype=torch.float64)
+
+    def values(*_):
+        loss, terms = criterion(head, head_specific, labels, noise)
+        return loss, *terms.values()
+
+    assert torch.autograd.gradcheck(values, (head, head_specific, proxies))
+
+
+@pytest.mark.parametrize("weights", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
+def test_a_weight_of_zero_leaves_its_term_out_of_the_gradients(weights):
+    head, head_specific, labels = batch()
+    make_ddml(*weights)(head, head_specific, labels)[0].backward()
+    assert head.grad.isfinite().all() and head_specific.grad.isfinite().all()
+    assert (head.grad[:, D:] != 0).any() == bool(weights[0])
+    assert (head_specific.grad != 0).any() == any(weights[1:])
+
+
 def test_extreme_cosines_do_not_overflow_with_a_large_alpha():
     loss = ProxyAnchor(C, D, alpha=1000)
     x = loss.proxies.detach().clone().requires_grad_()

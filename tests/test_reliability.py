@@ -141,12 +141,41 @@ def test_a_checkpoint_is_an_ordinary_torch_file(tmp_path):
 # --- signals and kills, on a real train.py --------------------------------------------------
 
 
-def start(here, flags):
+def start(here, flags, stdout=subprocess.PIPE):
     command = [sys.executable, str(ROOT / "train.py"), *shlex.split(TINY + flags)]
     return subprocess.Popen(
-        command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command, cwd=here, stdout=stdout, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
+
+
+def test_a_full_disk_under_the_output_is_one_line(here):
+    make_cub(here / "data")
+    with open("/dev/full", "w") as full:
+        process = start(here, "", stdout=full)
+    _, errors = process.communicate(timeout=60)
+    errors = [line for line in errors.splitlines() if not line.startswith("warning: ")]
+    assert process.returncode == 2
+    assert errors == ["train.py: error: the output, or a process: No space left on device"]
+
+
+def test_worker_processes_do_not_outlive_a_killed_parent(tmp_path):
+    program = (
+        "import os, time; from cli import in_parallel\n"
+        "def work(_):\n    print(os.getpid(), flush=True); time.sleep(60)\n"
+        "in_parallel(work, range(2), 1, 'work')"
+    )
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 10
+    while Path(f"/proc/{worker}/stat").exists() and time.monotonic() < end:
+        if Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.05)
+    assert time.monotonic() < end
 
 
 def wait_for(condition, process, seconds=120):
@@ -265,7 +294,32 @@ def test_a_run_interrupted_in_mid_epoch_continues_to_the_same_bits(here, monkeyp
     kill.assert_same_run(run_folder(here), next(here.glob("whole/*/*")))
 
 
+def test_an_overwritten_run_is_kept_until_the_new_one_has_saved_something(here, capsys):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--epochs 1"))
+    old = (run_folder(here) / "cub_bn_inception_last.pth").read_bytes()
+    images = {path: path.read_bytes() for path in (here / "data").rglob("Bird_*.jpg")}
+    for path in images:
+        path.write_bytes(b"")
+    assert "not an image" in fails(TINY + "--overwrite", capsys)
+    kept = run_folder(here) / "cub_bn_inception_last.pth.replaced"
+    assert kept.read_bytes() == old
+    for path, data in images.items():
+        path.write_bytes(data)
+    train.main(shlex.split(TINY + "--overwrite --epochs 1"))
+    assert not kept.exists()
+
+
 # --- numbers that are not finite ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", ["--lr 1e9 --weight-decay 1e9", "--lr 1e9 --optimizer sgd"])
+def test_an_update_that_overflows_is_not_saved(here, capsys, flags):
+    make_cub(here / "data")
+    assert "finite" in fails(TINY + flags + " --checkpoint-every 1 --epochs 9", capsys)
+    for path in run_folder(here).glob("*.pth"):
+        for part in ("model_state_dict", "criterion_state_dict"):
+            assert all(t.isfinite().all() for t in read_checkpoint(path)[part].values()), path
 
 
 @pytest.mark.parametrize("where", ["specific", "gradient"])
