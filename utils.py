@@ -90,9 +90,11 @@ MAX_CHECKPOINT_BYTES = 2**32  # ten times the largest that this network's traini
 def write_checkpoint(path, checkpoint, keep=None):
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    content = buffer.getvalue()[:-2]  # all but the length of an empty comment
-    comment = CHECKSUM + hashlib.sha256(content).hexdigest().encode()
-    write_atomically(path, content + len(comment).to_bytes(2, "little") + comment, keep)
+    # instead of the last two bytes, the length of an empty comment
+    comment = CHECKSUM + hashlib.sha256(buffer.getbuffer()[:-2]).hexdigest().encode()
+    buffer.seek(-2, os.SEEK_END)
+    buffer.write(len(comment).to_bytes(2, "little") + comment)
+    write_atomically(path, buffer.getbuffer(), keep)
 
 
 class BadCheckpoint(ValueError):
@@ -144,7 +146,7 @@ def read_checkpoint(path):
         data = Path(path).read_bytes()
         check_zip(data)
         if not outlived(lambda: load(data)):
-            raise BadCheckpoint("it crashes Python, by values within values without end")
+            raise BadCheckpoint("it crashes the process that reads it")
         checkpoint = load(data)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None

@@ -10,7 +10,7 @@ from PIL import Image
 
 import dataset
 from cli import Parser, UserError, at_least, in_parallel, plural, run
-from dataset.files import opened, read_image
+from dataset.files import opened
 
 
 def look_at(path):
@@ -20,23 +20,22 @@ def look_at(path):
     try:
         with open(path, "rb") as file:
             digest = hashlib.sha256(file.read()).hexdigest()
-        read_image(path)
-        return digest, oddity(path)
+        with opened(path) as image:
+            image.convert("RGB")
+            return digest, oddity(path, image)
     except OSError as error:
         return None, f"{path}: {error.strerror}"
     except UserError as error:
         return digest, str(error)
 
 
-def oddity(path):
+def oddity(path, image):
     """What is read, but not as it says it is, or None."""
-    with opened(path) as image:
-        kinds = Image.registered_extensions()
-        named = kinds.get(os.path.splitext(path)[1].lower())
-        if named != image.format:
-            return f"{path}: a {image.format} file by another name"
-        if image.mode == "CMYK" and "icc_profile" in image.info:
-            return f"{path}: CMYK, whose colour profile is left aside"
+    named = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
+    if named != image.format:
+        return f"{path}: a {image.format} file by another name"
+    if image.mode == "CMYK" and "icc_profile" in image.info:
+        return f"{path}: CMYK, whose colour profile is left aside"
     return None
 
 
@@ -49,15 +48,15 @@ def check(name, root, workers):
         problems += filter(None, [dataset.unlike_published(name, split, items)])
         looks = in_parallel(look_at, paths, workers, f"{name} {split}")
         problems += [problem for _, problem in looks if problem]
-        digests[split] = {digest: path for path, (digest, _) in zip(paths, looks) if digest}
+        digests[split] = {}
+        for path, (digest, _) in zip(paths, looks):
+            digests[split].setdefault(digest, []).append(path)
         missing |= set(absent)
         seen += len(paths)
     problems += [f"{path}: listed, but not there" for path in sorted(missing)]
-    for digest in sorted(digests["train"].keys() & digests["test"].keys()):
-        problems.append(
-            f"{digests['train'][digest]}: the same file is in the test half, as "
-            f"{digests['test'][digest]}"
-        )
+    for digest in sorted(digests["train"].keys() & digests["test"].keys() - {None}):
+        train, test = (", ".join(digests[split][digest]) for split in ("train", "test"))
+        problems.append(f"{train}: the same file is in the test half, as {test}")
     print(f"{name}: looked at {plural(seen, 'image')}")
     return problems
 

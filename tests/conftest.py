@@ -18,6 +18,7 @@ torch.set_num_threads(2)
 
 PER_CLASS = 10
 ROOT = Path(__file__).parent.parent
+SOP = "Stanford_Online_Products"
 TINY = (
     "--dataset cub --weights none --image-size 32 --batch-size 8 --embedding-size 8 --epochs 2 "
     "--workers 0 --wandb disabled --disent True --al 1 --be 0.1 --gam 1e-5 "
@@ -92,7 +93,7 @@ def make_cars_folders(root, folder="car_data", classes=4):
     return root
 
 
-def make_sop(root, folder="Stanford_Online_Products", classes=4):
+def make_sop(root, folder=SOP, classes=4):
     """Ebay_train.txt and Ebay_test.txt, and images by super-class."""
     folder, image_id = Path(root, folder), 0
     for split, first in (("train", 1), ("test", classes + 1)):
@@ -138,12 +139,33 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def equal(first, second):
+    """Whether two lists of batches hold the same tensors."""
+    return all(torch.equal(a, b) for x, y in zip(first, second) for a, b in zip(x, y))
+
+
+def snapshot(folder):
+    """When every file below `folder` was last written, a run's lock aside."""
+    return {
+        path: path.stat().st_mtime_ns
+        for path in Path(folder).rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def replaced_by_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
 def fails(argv, capsys, main=train.main):
     """The one line that a user error ends in."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
+    try:  # pytest.raises would keep the frames, and workers in them that nobody tells to stop
         cli.run(lambda: main(shlex.split(argv)))
-    assert end.value.code == 2
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "warning:" not in line]
     assert len(errors) == 1 and "error: " in errors[0]
     return errors[0]

@@ -2,49 +2,28 @@
 status 2, no traceback, and what was there before is still there."""
 
 import io
-import os
-import pickle
 import struct
-import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
-import dataset
-import evaluate
-import train
-from cli import UserError
 from dataset.files import read_image
 from tests.conftest import (
+    SOP,
     TINY,
     fails,
     make_cars,
     make_cars_devkit,
     make_cub,
     make_sop,
-    published_checkpoint,
-    run_folder,
+    replaced_by_folder,
+    snapshot,
 )
-from utils import read_checkpoint
 
 JPEG = "CUB_200_2011/images/001.Bird_0/Bird_0003.jpg"
-SOP = "Stanford_Online_Products"
-
-
-def snapshot(folder):
-    """What every file below `folder` is, but for the lock and what the data set's own are."""
-    return {
-        path: path.stat().st_mtime_ns
-        for path in Path(folder).rglob("*")
-        if path.is_file() and path.name != ".lock"
-    }
 
 
 def junk(here):
@@ -120,11 +99,6 @@ def as_bytes(image, kind):
     buffer = io.BytesIO()
     image.save(buffer, kind)
     return buffer.getvalue()
-
-
-def replaced_by_folder(path):
-    path.unlink()
-    path.mkdir()
 
 
 def dangling(path):
@@ -251,258 +225,3 @@ def test_a_bad_data_tree_ends_in_one_line(here, capsys, tree, line):
     make(here / "data")
     assert line in fails(TINY + f"--dataset {name}", capsys)
     assert not (here / "logs").exists()
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
-def bomb(path):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(10**8))
-
-
-def sparse(path):
-    with open(path, "wb") as file:
-        file.truncate(2**33)
-
-
-def crashing(path):
-    """A tuple in a tuple, three million times, as a key: its hash overflows the stack."""
-    pickled = b"\x80\x02}" + b")" + b"\x85" * 3_000_000 + b"K\x01s."
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in (("data.pkl", pickled), ("version", b"3"), ("byteorder", b"little")):
-            archive.writestr(f"archive/{name}", data)
-
-
-def altered(change, save=torch.save):
-    """The checkpoint of a real run, changed."""
-
-    def make(path):
-        checkpoint = torch.load(path)
-        save(change(checkpoint) or checkpoint, path)
-
-    return make
-
-
-def put(key, value):
-    return altered(lambda checkpoint: checkpoint.update({key: value}))
-
-
-def weight(value):
-    key = "model.embedding.weight"
-    return altered(lambda checkpoint: checkpoint["model_state_dict"].update({key: value}))
-
-
-def flag(name, value):
-    return altered(lambda checkpoint: checkpoint["args"].update({name: value}))
-
-
-def damaged(change):
-    return lambda path: path.write_bytes(change(bytearray(path.read_bytes())))
-
-
-def flip(data):
-    data[len(data) // 2] ^= 4
-    return data
-
-
-def state_of_another_shape(checkpoint):
-    state = checkpoint["optimizer_state_dict"]["state"]
-    state[next(iter(state))]["exp_avg"] = torch.zeros(2, 2)
-
-
-def forged(part, *path, value=None):
-    """`value` put, or nothing left, at a path into one of the stored states."""
-
-    def change(checkpoint):
-        at = checkpoint[f"{part}_state_dict"]
-        for key in path[:-1]:
-            at = at[key]
-        if value is None:
-            del at[path[-1]]
-        else:
-            at[path[-1]] = value
-
-    return altered(change)
-
-
-TRAIN, EVALUATE = "train", "evaluate"
-CHECKPOINTS = [
-    # read by   how it is made                                   the line has
-    (EVALUATE,  lambda path: path.write_bytes(b""),              "not a checkpoint"),
-    (EVALUATE,  lambda path: path.write_bytes(b"some text\n"),   "not a checkpoint"),
-    (EVALUATE,  lambda path: path.write_bytes(b"PK\3\4" * 50),   "not a checkpoint"),
-    (EVALUATE,  lambda path: path.write_bytes(pickle.dumps(Malicious())), "not a checkpoint"),
-    (EVALUATE,  lambda path: torch.save(Malicious(), path),      "more than tensors and plain"),
-    (EVALUATE,  lambda path: torch.save({"x": Path()}, path),    "more than tensors and plain"),
-    (EVALUATE,  lambda path: torch.save([1, 2], path),           "no dictionary"),
-    (EVALUATE,  lambda path: torch.save({}, path),               "no dictionary"),
-    (EVALUATE,  lambda path: torch.save({"x": 1}, path),         "no model_state_dict"),
-    (EVALUATE,  lambda path: torch.save({"model_state_dict": {}}, path), "missing model."),
-    (EVALUATE,  replaced_by_folder,                              "Is a directory"),
-    (EVALUATE,  bomb,                                            "unpacks to more than its size"),
-    (EVALUATE,  sparse,                                          "larger than 4 GiB"),
-    (EVALUATE,  damaged(lambda data: data[: len(data) // 2]),    "its end is missing"),
-    (EVALUATE,  damaged(flip),                                   "its SHA-256 is not the stored"),
-    (EVALUATE,  weight(5),                                       "embedding.weight int instead of"),
-    (EVALUATE,  weight(torch.tensor(1.0)),                       "embedding.weight () instead"),
-    (EVALUATE,  lambda path: os.unlink(path) or os.mkfifo(path), "it is a device or a pipe"),
-    (EVALUATE,  crashing,                                        "it crashes Python"),
-    (EVALUATE,  weight(torch.zeros(16, 1024, dtype=torch.complex64)), "misshapen"),
-    (TRAIN,     flag(("a",), 1),                                 "stored flags are not valid"),
-    (EVALUATE,  flag("embedding_size", 10**9),                   "stored flags are not valid"),
-    (EVALUATE,  weight(torch.zeros(3, 3)),                       "misshapen"),
-    (EVALUATE,  weight(torch.full((16, 1024), float("nan"))),    "not all finite"),
-    (EVALUATE,  weight(torch.zeros(16, 1024).to_sparse()),       "cannot be loaded"),
-    (EVALUATE,  put("args", None),                               "no dictionary"),
-    (EVALUATE,  flag("dataset", "birds"),                        "birds: unknown data set"),
-    (EVALUATE,  flag("batch_size", "many"),                      "stored flags are not valid"),
-    (EVALUATE,  flag("model", "os.system"),                      "stored flags are not valid"),
-    (TRAIN,     put("optimizer_state_dict", {}),                 "optimiser or scheduler"),
-    (TRAIN,     altered(state_of_another_shape),                 "optimiser or scheduler"),
-    (TRAIN,     put("scheduler_state_dict", None),               "optimiser or scheduler"),
-    (TRAIN,     forged("scheduler", "last_epoch", value=-7),     "last_epoch is -7, not 1"),
-    (TRAIN,     forged("scheduler", "base_lrs", value=[torch.ones(2)]), "base_lrs is [tensor"),
-    (TRAIN,     forged("optimizer", "param_groups", 0, "lr", value="x"), "lr is 'x', not 0.0001"),
-    (TRAIN,     forged("optimizer", "param_groups", 0, "betas", value=(5, 5)), "betas is (5, 5)"),
-    (TRAIN,     forged("optimizer", "param_groups", 0),          "optimiser or scheduler"),
-    (TRAIN,     forged("optimizer", "param_groups"),             "optimiser or scheduler"),
-    (TRAIN,     forged("optimizer", "state", 279, "exp_avg"),    "it has step, exp_avg_sq, not"),
-    (TRAIN,     forged("optimizer", "state", 279, value=[1]),    "optimiser or scheduler"),
-    (TRAIN,     forged("optimizer", "state", 10**6, value={}),   "optimiser or scheduler"),
-    (TRAIN,     forged("optimizer", "state", 279, "step", value=torch.tensor(-9.0)), "step is"),
-    (TRAIN,     forged("optimizer", "state", 279, "step", value="x"), "optimiser or scheduler"),
-    (TRAIN,     forged("optimizer", "state", 279, "exp_avg", value=torch.ones(16).int()), "int32"),
-    (TRAIN,     forged("optimizer", "state", 279, "exp_avg", value=torch.ones(16) / 0), "finite"),
-    (TRAIN,     forged("optimizer", "state", 279, "exp_avg_sq", value=-torch.ones(16)), "negative"),
-    (TRAIN,     forged("optimizer", "state", 279, "exp_avg", value=torch.ones(1).expand(16)),
-     "ordinary"),
-    (TRAIN,     put("criterion_state_dict", {"metric_loss.proxies": torch.zeros(9, 8)}), "(9, 8)"),
-    (TRAIN,     put("epoch", "two"),                             "are not a training run's"),
-    (TRAIN,     put("history", []),                              "are not a training run's"),
-    (TRAIN,     put("history", [{"epoch": 0, "R@1": "best"}]),   "are not a training run's"),
-    (TRAIN,     put("partial", {"step": -1}),                    "are not a training run's"),
-    (TRAIN,     put("history", [{"epoch": 0, "R@1": 1.0, "R@2": None}]), "not a training run's"),
-    (TRAIN,     put("history", [{"epoch": 0, "R@1": float("nan")}]), "not a training run's"),
-    (TRAIN,     put("history", [{"epoch": 0, "R@1": 10**400}]),  "not a training run's"),
-    (TRAIN,     put("history", [{"epoch": 0, "R@1": 1.0, 5: 1}]), "not a training run's"),
-    (TRAIN,     put("args", [1]),                                "are not a training run's"),
-    (TRAIN,     flag("lr", float("nan")),                        "stored flags are not valid"),
-    (TRAIN,     flag("nonsense", 1),                             "stored flags are not valid"),
-    (TRAIN,     lambda path: published_checkpoint(path),         "--weights"),
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A finished run of one epoch, and its data."""
-    folder = tmp_path_factory.mktemp("trained")
-    make_cub(folder / "data")
-    here = os.getcwd()
-    os.chdir(folder)
-    train.main((TINY + "--epochs 1").split())
-    os.chdir(here)
-    return folder
-
-
-@pytest.mark.parametrize("reader, make, line", CHECKPOINTS)
-def test_a_bad_checkpoint_ends_in_one_line_and_executes_nothing(
-    here, capsys, trained, reader, make, line
-):
-    path = here / "bad.pth"
-    path.write_bytes((run_folder(trained) / "cub_bn_inception_last.pth").read_bytes())
-    (here / "data").symlink_to(trained / "data")
-    make(path)
-    before = snapshot(here)
-    command = f"--resume {path} --workers 0 "
-    main = evaluate.main
-    if reader == TRAIN:
-        main, command = train.main, command + "--epochs 2"
-    assert line in fails(command, capsys, main)
-    assert not (here / "executed").exists() and snapshot(here) == before
-
-
-@pytest.mark.parametrize("flags, line", [
-    ("",                                        "--resume"),
-    ("--resume nowhere.pth",                    "nowhere.pth: no such checkpoint"),
-    ("--resume {run} --json /nowhere/r.json",   "--json /nowhere/r.json"),
-    ("--resume {run} --json /",                 "--json /"),
-    ("--resume {run} --json /dev/null",         "--json /dev/null"),
-    ("--resume /dev/zero",                      "it is a device or a pipe"),
-    ("--resume {run} --dataset birds",          "--dataset birds: unknown data set"),
-    ("--resume {run} --embedding-size 9",       "embedding.weight (16, 1024) instead of (18"),
-    ("--resume {run} --data-root nowhere",      "tried nowhere"),
-])  # fmt: skip
-def test_a_bad_flag_of_evaluate_ends_in_one_line(here, capsys, trained, flags, line):
-    run = run_folder(trained) / "cub_bn_inception_last.pth"
-    assert line in fails(flags.format(run=run), capsys, evaluate.main)
-
-
-def test_weights_of_another_form_are_refused_in_one_line(here, capsys):
-    make_cub(here / "data")
-    torch.save({"conv1_7x7_s2.weight": 3}, here / "odd.pth")
-    assert "odd.pth: not the weights" in fails(TINY + "--weights odd.pth", capsys)
-
-
-# --- fuzzing: nothing but a UserError ever comes out ----------------------------------------
-
-FUZZ = settings(
-    max_examples=150, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
-
-
-def reads_or_refuses(read):
-    try:
-        read()
-    except UserError as error:
-        assert str(error)
-
-
-def mutated(data, edits):
-    data = bytearray(data)
-    for where, value in edits:
-        data[where % len(data)] = value
-    return bytes(data)
-
-
-EDITS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8)
-
-
-@FUZZ
-@given(st.lists(st.lists(st.text(max_size=8), max_size=6).map(" ".join), max_size=6).map("\n".join))
-def test_fuzzed_list_files_are_read_or_refused(tmp_path, text):
-    folder = tmp_path / SOP
-    folder.mkdir(exist_ok=True)
-    (folder / "Ebay_train.txt").write_text("header\n" + text, encoding="utf-8", newline="")
-    (folder / "Ebay_test.txt").write_text("header\n" + text, encoding="utf-8", newline="")
-    for split in ("train", "test"):
-        reads_or_refuses(lambda: dataset.load("SOP", tmp_path, split))  # noqa: B023
-
-
-@FUZZ
-@given(edits=EDITS)
-def test_fuzzed_mat_files_are_read_or_refused(tmp_path, edits):
-    if not (tmp_path / "original").exists():
-        make_cars(tmp_path)
-        (tmp_path / "cars_annos.mat").rename(tmp_path / "original")
-    data = (tmp_path / "original").read_bytes()
-    (tmp_path / "cars_annos.mat").write_bytes(mutated(data, edits))
-    reads_or_refuses(lambda: dataset.load("cars", tmp_path, "train"))
-
-
-@FUZZ
-@given(edits=EDITS, zipped=st.booleans(), cut=st.integers(0, 10**6))
-def test_fuzzed_checkpoints_are_read_or_refused(tmp_path, edits, zipped, cut):
-    state = {"model_state_dict": {"x": torch.arange(9.0)}, "epoch": 1, "args": {"lr": 0.1}}
-    path = tmp_path / "fuzzed.pth"
-    torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    data = mutated(path.read_bytes(), edits)
-    path.write_bytes(data[: cut % len(data)] if cut % 3 == 0 else data)
-    reads_or_refuses(lambda: read_checkpoint(path))
-
-
-def test_there_are_sixty_bad_inputs_in_the_tables():
-    assert len(FLAGS) + len(IMAGES) + len(TREES) + len(CHECKPOINTS) >= 60

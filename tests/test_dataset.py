@@ -1,11 +1,6 @@
 """Every layout a data set comes in, every kind of image file, and seeded randomness."""
 
-import errno
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,15 +9,15 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import dataset
-from cli import UserError, in_parallel
-from dataset import cache, check, demo
-from dataset.cache import open_cache
+from cli import UserError
+from dataset import demo
 from dataset.files import read_image
-from dataset.images import ImageSet
 from dataset.loader import SeededImages, batches, test_loader, train_loader
 from dataset.transforms import test_transform, to_bytes, to_input, train_transform
 from tests.conftest import (
     PER_CLASS,
+    SOP,
+    equal,
     make_cars,
     make_cars_devkit,
     make_cars_folders,
@@ -46,7 +41,7 @@ LAYOUTS = [
     ("cars",    make_cars_folders,  "car_data"),
     ("cars",    make_cars_folders,  "car_data/car_data"),
     ("cars",    make_cars_folders,  "car/car_data"),
-    ("SOP",     make_sop,           "Stanford_Online_Products"),
+    ("SOP",     make_sop,           SOP),
     ("sop",     make_sop,           "sop"),
 ]  # fmt: skip
 
@@ -106,7 +101,7 @@ def test_cars_class_folders_are_in_ascii_order(tmp_path):
 
 def test_sop_training_labels_index_proxies_even_in_a_subset(tmp_path):
     make_sop(tmp_path)
-    for path in (tmp_path / "Stanford_Online_Products/bicycle_final").glob("2_*"):
+    for path in (tmp_path / SOP / "bicycle_final").glob("2_*"):
         path.unlink()
     train = dataset.load("SOP", tmp_path, "train")
     assert train.labels.unique().tolist() == [0, 1, 2]
@@ -132,7 +127,7 @@ def test_missing_data_names_every_path_tried(tmp_path, name):
 
 def test_a_list_cannot_lead_out_of_its_folder(tmp_path):
     make_sop(tmp_path)
-    file = tmp_path / "Stanford_Online_Products" / "Ebay_train.txt"
+    file = tmp_path / SOP / "Ebay_train.txt"
     file.write_text(file.read_text() + "9 9 1 ../../secret.jpg\n")
     with pytest.raises(UserError, match="secret.jpg leaves"):
         dataset.load("SOP", tmp_path, "train")
@@ -193,10 +188,6 @@ def epoch_batches(images, epoch, workers=0, **kwargs):
 @pytest.fixture
 def cub(tmp_path):
     return dataset.load("cub", make_cub(tmp_path), "train", train_transform(32))
-
-
-def equal(first, second):
-    return all(torch.equal(a, b) for x, y in zip(first, second) for a, b in zip(x, y))
 
 
 def test_batches_are_the_same_for_any_number_of_workers(cub):
@@ -300,163 +291,3 @@ def test_demo_is_the_same_every_time(tmp_path, monkeypatch):
     assert all(
         Path(a).read_bytes() == Path(b).read_bytes() for a, b in zip(first.paths, second.paths)
     )
-
-
-# --- --cache --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def mixed(tmp_path):
-    """Images of several sizes, colour modes and formats."""
-    for i, (mode, suffix) in enumerate([("RGB", "jpg"), ("L", "jpg"), ("P", "png"), ("RGBA", "png"),
-                                        ("CMYK", "jpg"), ("RGB", "png")]):  # fmt: skip
-        write_image(tmp_path / f"images/{i % 2}/{i}.{suffix}", seed=i, mode=mode)
-    paths = sorted((tmp_path / "images").rglob("*.*"))
-    return ImageSet([(str(path), int(path.parent.name)) for path in paths], test_transform(32))
-
-
-def cached(kind, images, workers=1):
-    root = Path(images.paths[0]).parents[2]
-    return open_cache(kind, "mixed", images.paths, root, workers)
-
-
-@pytest.mark.parametrize("kind", ["ram", "disk"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_cached_pixels_are_those_of_the_files(mixed, kind, workers):
-    expected = list(batches(test_loader(mixed, 4, workers, CPU), CPU))
-    mixed.read = cached(kind, mixed, workers)
-    assert equal(expected, list(batches(test_loader(mixed, 4, workers, CPU), CPU)))
-    for path in mixed.paths:
-        assert mixed.read(path).tobytes() == read_image(path).tobytes()
-
-
-@pytest.mark.parametrize("kind", ["ram", "disk"])
-def test_a_cache_reaches_processes_that_inherit_nothing(mixed, kind):
-    read = cached(kind, mixed)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
-        there = pool.submit(read, mixed.paths[0]).result()
-    assert there.tobytes() == read_image(mixed.paths[0]).tobytes()
-
-
-def test_a_disk_cache_is_reused_until_an_image_changes(mixed, monkeypatch):
-    first = cached("disk", mixed)
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "decode", None)  # nothing is decoded again
-        assert cached("disk", mixed).file == first.file
-    write_image(Path(mixed.paths[0]), seed=99)
-    assert cached("disk", mixed)(mixed.paths[0]).tobytes() == read_image(mixed.paths[0]).tobytes()
-    assert not first.file.exists()
-
-
-def test_two_processes_that_want_the_same_disk_cache_decode_it_once(mixed):
-    with ProcessPoolExecutor(2) as pool:
-        files = [pool.submit(cached, "disk", mixed) for _ in range(2)]
-        first, second = (future.result().file for future in files)
-    assert first == second and first.exists()
-
-
-@pytest.mark.parametrize("damage", [
-    lambda data: b"", lambda data: data[:5], lambda data: data[:-1],
-    lambda data: bytes(9) + data[9:], lambda data: data[:-20] + bytes(20),
-])  # fmt: skip
-def test_a_damaged_disk_cache_is_made_anew(mixed, damage):
-    file = cached("disk", mixed).file
-    file.write_bytes(damage(file.read_bytes()))
-    for path in mixed.paths:
-        assert cached("disk", mixed)(path).tobytes() == read_image(path).tobytes()
-
-
-@pytest.mark.parametrize("kind", ["ram", "disk"])
-def test_a_cache_that_does_not_fit_is_refused_before_anything_is_decoded(mixed, monkeypatch, kind):
-    monkeypatch.setattr(cache, "available_memory", lambda: 1000)
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr(cache, "decode", None)
-    with pytest.raises(UserError, match=f"--cache {kind}: 6 images need .* are free"):
-        cached(kind, mixed)
-
-
-@pytest.mark.parametrize("kind", ["ram", "disk"])
-def test_an_unreadable_image_is_named_when_it_is_cached_and_nothing_is_left(mixed, kind):
-    data = Path(mixed.paths[1]).read_bytes()
-    Path(mixed.paths[1]).write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=mixed.paths[1]):
-        cached(kind, mixed)
-    assert not list(Path(mixed.paths[0]).parents[2].rglob("*.pixels*"))
-
-
-@pytest.mark.parametrize("kind", ["ram", "disk"])
-@pytest.mark.parametrize("call", ["pwrite", "fsync"])
-def test_a_full_disk_ends_caching_in_one_line_and_nothing_is_left(mixed, monkeypatch, kind, call):
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, call, fail)
-    with pytest.raises(UserError, match="cannot be written, .* bytes needed .No space left"):
-        cached(kind, mixed)
-    assert not list(Path(mixed.paths[0]).parents[2].rglob("*.pixels*"))
-
-
-def test_there_is_memory_and_its_limit_is_found():
-    assert 2**20 < cache.available_memory() < 2**50
-
-
-# --- python -m dataset.check ----------------------------------------------------------------
-
-
-def run_check(capsys, name, root):
-    status = check.main(["--dataset", name, "--data-root", str(root), "--workers", "2"])
-    return status, capsys.readouterr().out.splitlines()
-
-
-def test_check_of_a_sound_data_set_finds_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(dataset.cub, "PUBLISHED", {"train": (20, 2), "test": (20, 2)})
-    status, lines = run_check(capsys, "cub", make_cub(tmp_path))
-    assert (status, lines) == (0, ["cub: looked at 40 images", "0 problems found"])
-
-
-def test_check_lists_all_problems_at_once_with_their_paths(tmp_path, capsys):
-    images = make_cub(tmp_path) / "CUB_200_2011/images"
-    torn, empty = images / "001.Bird_0/Bird_0003.jpg", images / "004.Bird_3/Bird_0001.jpg"
-    torn.write_bytes(torn.read_bytes()[:500])
-    empty.write_bytes(b"")
-    twin = images / "003.Bird_2/Bird_0000.jpg"
-    twin.write_bytes((images / "001.Bird_0/Bird_0000.jpg").read_bytes())
-    status, lines = run_check(capsys, "cub", tmp_path)
-    assert status == 1 and lines[-1] == "5 problems found"
-    assert sum("the published split has" in line for line in lines) == 2
-    assert sum(line.startswith(f"{torn}: not an image") for line in lines) == 1
-    assert sum(line.startswith(f"{empty}: not an image") for line in lines) == 1
-    assert any("Bird_0000.jpg: the same file is in the test half" in line for line in lines)
-    assert any(line.endswith(str(twin)) for line in lines)
-
-
-def test_check_names_images_that_are_not_what_they_say(tmp_path, capsys):
-    folder = make_cub(tmp_path) / "CUB_200_2011/images/001.Bird_0"
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
-    noise.save(folder / "Bird_0003.jpg", "PNG")
-    noise.convert("CMYK").save(folder / "Bird_0004.jpg", icc_profile=b"x" * 200)
-    _, lines = run_check(capsys, "cub", tmp_path)
-    assert f"{folder}/Bird_0003.jpg: a PNG file by another name" in lines
-    assert f"{folder}/Bird_0004.jpg: CMYK, whose colour profile is left aside" in lines
-
-
-def test_check_names_files_that_a_list_has_and_the_disk_has_not(tmp_path, capsys):
-    missing = make_sop(tmp_path) / "Stanford_Online_Products/bicycle_final/2_3.JPG"
-    missing.unlink()
-    assert f"{missing}: listed, but not there" in run_check(capsys, "SOP", tmp_path)[1]
-
-
-def test_check_of_a_folder_that_cannot_be_read_is_a_user_error(tmp_path, monkeypatch, capsys):
-    make_cub(tmp_path)
-
-    def refuse(path):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(UserError, match="images: Permission denied"):
-        run_check(capsys, "cub", tmp_path)
-
-
-def test_the_death_of_a_process_is_a_user_error():
-    with pytest.raises(UserError, match="cub train: a process died"):
-        in_parallel(os._exit, [1], 1, "cub train")

@@ -1,0 +1,164 @@
+"""The recipe: what trains in which epoch, with which optimiser, on which batches."""
+
+import shlex
+
+import pytest
+import torch
+
+import train
+from net import create_model
+from tests.conftest import TINY, make_cub, metrics, run_folder
+
+
+def recipe(flags=""):
+    args = train.build_parser().parse_args(shlex.split(TINY + flags))
+    model = create_model("bn_inception", 8, disent=args.disent)
+    criterion = train.build_criterion(args, 2)
+    return args, model, criterion
+
+
+@pytest.mark.parametrize("disent", ["True", "False"])
+def test_parameter_groups_are_ordered_disjoint_and_complete(disent):
+    args, model, criterion = recipe(f"--disent {disent} --lr 0.01")
+    groups = train.parameter_groups(model, criterion, args.lr)
+    assert [group["lr"] for group in groups] == [0.01, 0.01, 1.0]
+    listed = [p for group in groups for p in group["params"]]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {*model.parameters(), *criterion.parameters()}
+    names = {p: name for name, p in model.named_parameters()}
+    assert all("embedding" in names[p] for p in groups[1]["params"])
+    assert not any("embedding" in names[p] for p in groups[0]["params"])
+    assert [p.shape for p in groups[2]["params"]] == [(2, 8)]
+
+
+@pytest.mark.parametrize("optimizer, kind, settings", [
+    ("adamw", torch.optim.AdamW, {}),
+    ("adam", torch.optim.Adam, {}),
+    ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    ("rmsprop", torch.optim.RMSprop, {"momentum": 0.9, "alpha": 0.9}),
+])  # fmt: skip
+def test_optimizers_have_the_published_settings(optimizer, kind, settings):
+    args, model, criterion = recipe(f"--optimizer {optimizer} --weight-decay 0.5")
+    built, _ = train.build_optimizer(args, model, criterion)
+    assert type(built) is kind
+    for group in built.param_groups:
+        assert {name: group[name] for name in settings} == settings and group["weight_decay"] == 0.5
+
+
+def trainable(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_warm_up_trains_heads_alone_and_then_everything_even_frozen_batchnorm():
+    _, model, _ = recipe()
+    train.prepare_epoch(model, epoch=0, warm=1, bn_freeze=True)
+    assert trainable(model) == {name for name, _ in model.named_parameters() if "embedding" in name}
+    train.prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
+    assert trainable(model) == {name for name, _ in model.named_parameters()}
+
+
+def test_without_warm_up_frozen_batchnorm_keeps_its_weights_too():
+    _, model, _ = recipe()
+    train.prepare_epoch(model, epoch=3, warm=0, bn_freeze=True)
+    frozen = {name for name, _ in model.named_parameters() if "_bn." in name}
+    assert trainable(model) == {name for name, _ in model.named_parameters()} - frozen
+
+
+@pytest.mark.parametrize("bn_freeze", [True, False])
+def test_running_statistics_move_only_when_not_frozen(bn_freeze):
+    args, model, criterion = recipe()
+    optimizer, _ = train.build_optimizer(args, model, criterion)
+    before = model.model.conv1_7x7_s2_bn.running_mean.clone()
+    model.eval()
+    train.prepare_epoch(model, epoch=1, warm=1, bn_freeze=bn_freeze)
+    train.train_step(model, criterion, optimizer, torch.randn(4, 3, 32, 32), torch.arange(4) % 2)
+    assert torch.equal(before, model.model.conv1_7x7_s2_bn.running_mean) == bn_freeze
+
+
+def test_gradients_are_clipped_by_value_on_network_and_proxies(monkeypatch):
+    args, model, criterion = recipe("--optimizer sgd")
+    optimizer, _ = train.build_optimizer(args, model, criterion)
+    seen = []
+    monkeypatch.setattr(optimizer, "step", lambda: seen.extend(
+        p.grad.abs().max().item() for g in optimizer.param_groups for p in g["params"]
+        if p.grad is not None))  # fmt: skip
+    criterion.metric_loss.alpha = 1e6
+    train.prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
+    train.train_step(model, criterion, optimizer, torch.randn(4, 3, 32, 32), torch.arange(4) % 2)
+    assert max(seen) == 10
+
+
+@pytest.mark.parametrize("flags", ["", "--IPC 4"])
+def test_main_wires_the_recipe_into_every_step(here, monkeypatch, flags):
+    """What each step of a run is given, and what the flags change of it."""
+    make_cub(here / "data")
+    steps = []
+    original = train.train_step
+
+    def spy(model, criterion, optimizer, images, labels, noise):
+        before = model.model.conv1_7x7_s2.weight.detach().clone()
+        values = original(model, criterion, optimizer, images, labels, noise)
+        steps.append({
+            "lr": [group["lr"] for group in optimizer.param_groups],
+            "moved": not torch.equal(before, model.model.conv1_7x7_s2.weight),
+            "images": images, "labels": labels, "noise": noise, "loss": values["loss"].item(),
+            "loss flags": (criterion.metric_loss.margin, criterion.metric_loss.alpha,
+                           criterion.al, criterion.be, criterion.gam, model.l2_norm),
+        })  # fmt: skip
+        return values
+
+    monkeypatch.setattr(train, "train_step", spy)
+    command = TINY + "--epochs 3 --lr 0.01 --lr-decay-step 1 --lr-decay-gamma 0.5 --mrg 0.2 "
+    command += f"--alpha 16 --l2-norm 0 {flags} "
+    train.main(shlex.split(command))
+
+    assert [step["lr"] for step in steps[::2]] == [
+        [0.01, 0.01, 1.0], [0.005, 0.005, 0.5], [0.0025, 0.0025, 0.25],
+    ]  # fmt: skip
+    assert [step["moved"] for step in steps] == [False, False, True, True, True, True]
+    assert all(step["loss flags"] == (0.2, 16, 1, 0.1, 1e-5, False) for step in steps)
+    records = metrics(run_folder(here))
+    assert [record["lr"] for record in records] == [0.01, 0.005, 0.0025]
+    for record, first, second in zip(records, steps[::2], steps[1::2], strict=True):
+        assert record["loss"] == pytest.approx((first["loss"] + second["loss"]) / 2)
+    for name in ("images", "noise"):
+        assert len({step[name].sum().item() for step in steps}) == 6
+    if flags:
+        assert all(step["labels"].bincount().tolist() == [4, 4] for step in steps)
+
+    first = steps[0]
+    steps.clear()
+    train.main(shlex.split(command + "--seed 2 --epochs 1"))
+    assert not torch.equal(first["images"], steps[0]["images"])
+    assert not torch.equal(first["noise"], steps[0]["noise"])
+
+
+def test_weights_differ_between_seeds():
+    first, second = (
+        train.Training(train.build_parser().parse_args(["--seed", seed]), 2, torch.device("cpu"),
+                       None) for seed in "12"
+    )  # fmt: skip
+    assert not torch.equal(first.model.model.embedding.weight, second.model.model.embedding.weight)
+    assert not torch.equal(first.criterion.proxies, second.criterion.proxies)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_step_on_cuda_equals_the_step_on_the_cpu_and_never_synchronises():
+    losses = []
+    images, labels = torch.randn(4, 3, 64, 64), torch.arange(4) % 2
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        torch.manual_seed(0)
+        args, model, criterion = recipe()
+        model.to(device), criterion.to(device)
+        optimizer, _ = train.build_optimizer(args, model, criterion)
+        train.prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
+        inputs = images.to(device), labels.to(device)
+        train.train_step(model, criterion, optimizer, *inputs, torch.zeros(2, 4, 8, device=device))
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            noise = train.loss_noise(1, 0, 0, (4, 8), device)
+            values = train.train_step(model, criterion, optimizer, *inputs, noise)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        losses.append(values["loss"].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # convolutions in TF32
