@@ -9,8 +9,6 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from net import l2_normalize
-
 
 def at_least_float32(x):
     # differs: the script computes the loss in the network's precision
@@ -26,18 +24,9 @@ def softplus(x):
     return torch.maximum(w.log().addcdiv_((w - 1).sub_(u), w, value=-1), x), u / w
 
 
-def standard_deviation(s):
-    return softplus(s - 5)[0]
-
-
 def log_standard_deviation(s, std):
     """log(softplus(s - 5)). Far below zero softplus(x) is exp(x), whose logarithm is x itself."""
     return torch.minimum(std.log(), s - 5)
-
-
-def cosines(x, proxies):
-    """Cosine of each row of x [N, d] to each proxy [C, d]: [N, C]."""
-    return l2_normalize(x) @ l2_normalize(proxies).T
 
 
 class CosineTerms(torch.autograd.Function):
