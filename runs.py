@@ -82,12 +82,9 @@ class RunFolder:
     def start(self, record, history):
         """Write args.json and the results so far. A new run (history None) first puts the files of
         another aside, to be removed when it has saved something itself."""
-        try:
-            for file in self.files if history is None else []:
-                if file.exists():
-                    os.replace(file, f"{file}{REPLACED}")
-        except OSError as error:
-            raise UserError(f"{file}: cannot be renamed ({error.strerror})") from error
+        for file in self.files if history is None else []:
+            if file.exists():
+                os.replace(file, f"{file}{REPLACED}")
         write_json(self.args, record)
         self.write_results(history or [])
 
@@ -123,10 +120,7 @@ class RunFolder:
                 continue
             if path != self.last and self.last.exists():
                 # else the next save would keep the damaged one, in the place of the good one
-                try:
-                    os.replace(self.last, f"{self.last}.damaged")
-                except OSError as error:
-                    raise UserError(f"{self.last}: cannot be renamed ({error.strerror})") from error
+                os.replace(self.last, f"{self.last}.damaged")
             return path, checkpoint
         if existing:
             raise UserError(f"--resume: no checkpoint in {self.folder} can be read")

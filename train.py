@@ -3,7 +3,6 @@
 The flags are the published script's; README.md has its three commands.
 """
 
-import hashlib
 import math
 import os
 import shlex
@@ -99,6 +98,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_value_, get_total_norm
 
 from dataset.cache import open_cache
+from dataset.images import digest_of_names
 from dataset.loader import batches, test_loader, train_loader
 from dataset.transforms import test_transform, train_transform
 from evaluate import describe, evaluate
@@ -273,7 +273,6 @@ class Training:
             "scheduler_state_dict": self.scheduler.state_dict(),
             "epoch": log.epoch if log else len(self.history) - 1,
             "partial": partial,
-            "seed": self.args.seed,
             "args": vars(self.args),
             "history": self.history,
             "data": self.data,  # which images: with other ones it is another run
@@ -284,7 +283,8 @@ class Training:
         modules, moments = (self.model, self.criterion), self.optimizer.state.values()
         tensors = [tensor for module in modules for tensor in module.state_dict().values()]
         tensors += [tensor for state in moments for tensor in state.values()]
-        if not all(tensor.isfinite().all() for tensor in tensors):
+        finite = [tensor.isfinite().all().to(self.device) for tensor in tensors]
+        if not torch.stack(finite).all():  # one wait for the device
             raise UserError(
                 "the weights or the optimiser's state are no longer finite; nothing of this was "
                 "saved, and the last checkpoint is good. A smaller --lr or --weight-decay may help"
@@ -390,15 +390,6 @@ def load_images(args):
     return train, test
 
 
-def fingerprint(*splits):
-    """A digest of the images' names and labels, wherever the data root is."""
-    digest = hashlib.sha256()
-    for images in splits:
-        for path, label in zip(images.paths, images.labels.tolist()):
-            digest.update(f"{'/'.join(path.split('/')[-2:])} {label}\n".encode(errors="replace"))
-    return digest.hexdigest()
-
-
 def main(argv=None):
     parser = build_parser()
     args, given = given_flags(parser, argv)
@@ -418,7 +409,7 @@ def main(argv=None):
     train, test = load_images(args)
 
     weights = None if checkpoint else args.weights
-    training = Training(args, train.num_classes, device, weights, fingerprint(train, test))
+    training = Training(args, train.num_classes, device, weights, digest_of_names(train, test))
     log = StepLog(done)
     if checkpoint:
         training.load(checkpoint, args.resume or run_folder.folder)

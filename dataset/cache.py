@@ -13,7 +13,7 @@ import PIL
 from PIL import Image
 
 from cli import UserError, in_parallel, plural
-from dataset.files import image_size, read_image
+from dataset.files import read_image, size_of
 
 FOLDER = "decoded"  # below the data root, for --cache disk
 
@@ -75,7 +75,7 @@ def open_cache(kind, name, paths, root, workers):
     try:
         if kind == "ram":
             return in_memory(paths, max(workers, 1))
-        return on_disk(name, paths, root, max(workers, 1))
+        return in_file(name, paths, root, max(workers, 1))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise UserError(
@@ -93,10 +93,10 @@ def in_memory(paths, workers):
     return Cache(file, paths)
 
 
-def on_disk(name, paths, root, workers):
+def in_file(name, paths, root, workers):
     folder = Path(root, FOLDER)
     folder.mkdir(exist_ok=True)
-    file = folder / f"{name}.{fingerprint(paths, root)}.pixels"
+    file = folder / f"{name}.{digest_of_files(paths, root)}.pixels"
     with open(folder / f"{name}.lock", "w") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,7 +120,7 @@ def on_disk(name, paths, root, workers):
     return Cache(file, paths)
 
 
-def fingerprint(paths, root):
+def digest_of_files(paths, root):
     """A digest that changes with any of the files, and with what decodes them."""
     digest = hashlib.sha256(PIL.__version__.encode())
     for path in paths:
@@ -132,7 +132,7 @@ def fingerprint(paths, root):
 
 def sizes_that_fit(paths, workers, kind, available, what):
     """int64 [N, 2] width and height of each image; a UserError if they need more than there is."""
-    sizes = np.array(in_parallel(image_size, paths, workers, "sizes of images"))
+    sizes = np.array(in_parallel(size_of, paths, workers, "sizes of images"))
     needed = start_of_each(sizes)[-1]
     if needed > available:
         raise UserError(

@@ -22,7 +22,7 @@ def read_image(path):
         return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
-def image_size(path):
+def size_of(path):
     """(width, height) of an image, from the head of its file."""
     with opened(path) as image:
         return image.size

@@ -1,4 +1,6 @@
-"""The images of one split."""
+"""The images of one split, and which they are."""
+
+import hashlib
 
 import torch
 from torch.utils.data import Dataset
@@ -25,3 +27,12 @@ class ImageSet(Dataset):
     def __getitem__(self, index):
         image = self.read(self.paths[index])
         return self.transform(image) if self.transform else image, int(self.labels[index])
+
+
+def digest_of_names(*splits):
+    """A digest of the images' names and labels, wherever the data root is."""
+    digest = hashlib.sha256()
+    for images in splits:
+        for path, label in zip(images.paths, images.labels.tolist()):
+            digest.update(f"{'/'.join(path.split('/')[-2:])} {label}\n".encode(errors="replace"))
+    return digest.hexdigest()
