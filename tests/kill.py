@@ -1,6 +1,6 @@
 """Kill real training runs and compare what they end in with a run that was left alone.
 
-python -m tests.kill --kills 100    (about a quarter of an hour on two cores)
+python -m tests.kill --kills 100    (about half an hour on two cores)
 
 Runs of train.py are ended with SIGKILL at random instants, each continued with --resume and killed
 again until it finishes; then one run is killed at each write, fsync and rename of its saves in
