@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from cli import UserError, parse_stored, warn
-from utils import read_checkpoint, write_atomically, write_checkpoint, write_json
+from utils import read_checkpoint, temporary_of, write_atomically, write_checkpoint, write_json
 
 # The optimiser of a continued run has made its steps in another process.
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -44,7 +44,7 @@ class RunFolder:
 
     def in_use(self):
         """Whether there is something to lose: a run that saved nothing may be started again."""
-        return any(path.exists() for path in (self.best, self.last, self.previous))
+        return any(path.exists() for path in (self.best, self.last, self.previous, self.results))
 
     def lock(self):
         """Keep other processes out for as long as this one lives, however it ends."""
@@ -66,8 +66,8 @@ class RunFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock()
-            for leftover in self.folder.glob(".*.tmp"):
-                leftover.unlink()
+            for file in self.files:
+                temporary_of(file).unlink(missing_ok=True)
             if new and self.in_use() and not args.overwrite:
                 raise UserError(f"{self.folder}: another process has just finished this run")
             record = {} if new or not self.args.exists() else json.loads(self.args.read_text())
@@ -81,10 +81,11 @@ class RunFolder:
 
     def start(self, record, history):
         """Write args.json and the results so far. A new run (history None) first puts the files of
-        another aside, to be removed when it has saved something itself."""
-        for file in self.files if history is None else []:
-            if file.exists():
-                os.replace(file, f"{file}{REPLACED}")
+        another aside, to be removed when it has saved something itself. A run that saved nothing
+        is not put in the place of what it put aside."""
+        if history is None and self.in_use():
+            for file in filter(Path.exists, self.files):
+                put_aside(file, REPLACED)
         write_json(self.args, record)
         self.write_results(history or [])
 
@@ -97,8 +98,8 @@ class RunFolder:
     def save(self, checkpoint):
         """Save the state that --resume continues from; the one before is kept."""
         write_checkpoint(self.last, checkpoint, keep=self.previous)
-        for replaced in self.folder.glob(f"*{REPLACED}"):
-            replaced.unlink()
+        for file in self.files:
+            Path(f"{file}{REPLACED}").unlink(missing_ok=True)
 
     def save_epoch(self, checkpoint):
         """Save a finished epoch. What --resume reads comes last, so that an interrupted save is
@@ -120,11 +121,18 @@ class RunFolder:
                 continue
             if path != self.last and self.last.exists():
                 # else the next save would keep the damaged one, in the place of the good one
-                os.replace(self.last, f"{self.last}.damaged")
+                put_aside(self.last, ".damaged")
             return path, checkpoint
-        if existing:
+        if self.in_use():
             raise UserError(f"--resume: no checkpoint in {self.folder} can be read")
         return None
+
+
+def put_aside(file, suffix):
+    try:
+        os.replace(file, f"{file}{suffix}")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be renamed to {file}{suffix} ({error.strerror})") from None
 
 
 def run_folder_path(args):

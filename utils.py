@@ -47,11 +47,16 @@ def memory_format(device):
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
+def temporary_of(path):
+    """Where the bytes of a file are until all of them are there."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def write_atomically(path, data, keep=None):
     """Replace `path` by the bytes `data`: all of it or nothing, even when the machine stops. With
     `keep`, what was there before is kept under that path."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -39,6 +40,27 @@ def saved(tmp_path):
 
 
 CALLS = ["open", "write", "fsync", "replace", "close"]
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_next_file(
+    saved, monkeypatch
+):
+    folder, checkpoint = saved
+    made = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+
+        def record(*args, name=name, original=original):
+            made.append(
+                (name, stat.S_ISDIR(os.fstat(args[0]).st_mode)) if name == "fsync" else name
+            )
+            return original(*args)
+
+        monkeypatch.setattr(os, name, record)
+    folder.save_epoch(checkpoint)
+    file, names = ("fsync", False), ("fsync", True)
+    plain, kept = [file, "replace", names], [file, "replace", "replace", names]
+    assert made == 3 * plain + kept  # best, results, metrics; last, keeping the one before
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
@@ -304,10 +326,43 @@ def test_an_overwritten_run_is_kept_until_the_new_one_has_saved_something(here, 
     assert "not an image" in fails(TINY + "--overwrite", capsys)
     kept = run_folder(here) / "cub_bn_inception_last.pth.replaced"
     assert kept.read_bytes() == old
+    aside = {path: path.read_bytes() for path in run_folder(here).glob("*.replaced")}
+    assert "not an image" in fails(TINY, capsys)
+    assert len(aside) == 5 and all(path.read_bytes() == aside[path] for path in aside)
     for path, data in images.items():
         path.write_bytes(data)
     train.main(shlex.split(TINY + "--overwrite --epochs 1"))
     assert not kept.exists()
+
+
+def test_results_whose_weights_were_deleted_are_not_overwritten(here, capsys):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--epochs 1"))
+    for path in run_folder(here).glob("*.pth"):
+        path.unlink()
+    assert "already holds a run" in fails(TINY, capsys)
+    assert "no checkpoint in" in fails(TINY + "--resume", capsys)
+    assert len(metrics(run_folder(here))) == 1
+
+
+def test_files_of_the_users_beside_a_resumed_checkpoint_are_left_alone(here, capsys):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--epochs 1"))
+    (here / "papers").mkdir()
+    last = (run_folder(here) / "cub_bn_inception_last.pth").rename(here / "papers/model.pth")
+    for name in (".notes.tmp", "thesis.replaced"):
+        (here / "papers" / name).write_text("mine")
+    train.main(shlex.split(TINY + f"--epochs 2 --resume {last}"))
+    for name in (".notes.tmp", "thesis.replaced"):
+        assert (here / "papers" / name).read_text() == "mine"
+
+
+def test_a_damaged_checkpoint_that_cannot_be_put_aside_is_one_line(saved):
+    folder, _ = saved
+    folder.last.write_bytes(b"damaged")
+    Path(f"{folder.last}.damaged").mkdir()
+    with pytest.raises(UserError, match="cannot be renamed"):
+        folder.newest_checkpoint()
 
 
 # --- numbers that are not finite ------------------------------------------------------------
