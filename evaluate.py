@@ -192,15 +192,15 @@ def resolve_flags(parser, argv):
     state = checkpoint.get("model_state_dict")
     if not isinstance(state, dict):
         raise UserError(f"{args.resume}: not a checkpoint: it has no model_state_dict")
-    disent = "model.embedding_specific.weight" in state
-    shape = getattr(state.get("model.embedding.weight"), "shape", ())
-    if len(shape) == 2:
-        args.embedding_size = shape[0] // 2 if disent else shape[0]
     theirs = checkpoint.get("args", {})
     if not isinstance(theirs, dict):
         raise UserError(f"{args.resume}: its stored flags are no dictionary")
     kept = set(vars(args)) - {"resume", "json", "gpu_id", "workers", "remark"}
     theirs = {flag: theirs[flag] for flag in kept & theirs.keys()}
+    disent = "model.embedding_specific.weight" in state
+    shape = getattr(state.get("model.embedding.weight"), "shape", ())
+    if len(shape) == 2:  # held to the flag's limits, before a network of that size is made
+        theirs.setdefault("embedding_size", shape[0] // 2 if disent else shape[0])
     stored = parse_stored(parser, theirs, args.resume, required=["--resume", args.resume])
     for flag, value in {**{flag: getattr(stored, flag) for flag in theirs}, **given}.items():
         setattr(args, flag, value)

@@ -97,6 +97,12 @@ def forged(part, *path, value=None):
     return altered(change)
 
 
+def published_of_size(size):
+    """A checkpoint without flags, of an embedding that says it has `size` dimensions."""
+    tensor = torch.zeros(1, 1).expand(size, 1024)
+    return lambda path: torch.save({"model_state_dict": {"model.embedding.weight": tensor}}, path)
+
+
 TRAIN, EVALUATE = "train", "evaluate"
 CHECKPOINTS = [
     # read by   how it is made                                   the line has
@@ -126,6 +132,8 @@ CHECKPOINTS = [
     (EVALUATE,  weight(torch.full((16, 1024), float("nan"))),    "not all finite"),
     (EVALUATE,  weight(torch.zeros(16, 1024).to_sparse()),       "cannot be loaded"),
     (EVALUATE,  put("args", None),                               "no dictionary"),
+    (EVALUATE,  published_of_size(10**12),                       "embedding-size: invalid number"),
+    (EVALUATE,  published_of_size(0),                            "embedding-size: invalid number"),
     (EVALUATE,  flag("dataset", "birds"),                        "birds: unknown data set"),
     (EVALUATE,  flag("batch_size", "many"),                      "stored flags are not valid"),
     (EVALUATE,  flag("model", "os.system"),                      "stored flags are not valid"),
