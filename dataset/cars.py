@@ -3,7 +3,7 @@
 from concurrent.futures import ProcessPoolExecutor
 
 from cli import UserError, leave_signals_to_parent
-from dataset.files import class_folders, first_existing, half_of_classes, on_disk
+from dataset.files import class_folders, first_existing, half_of_classes, on_disk, require_size
 
 KS = (1, 2, 4, 8, 16, 32)
 PUBLISHED = {"train": (8054, 98), "test": (8131, 98)}  # images, classes
@@ -69,4 +69,5 @@ def load_mat(file, parse):
 def parse_mat(file, parse):
     from scipy.io import loadmat  # only here: the other data sets do without
 
+    require_size(file)
     return parse(loadmat(file)["annotations"].ravel())

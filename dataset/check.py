@@ -15,18 +15,16 @@ from dataset.files import opened
 
 def look_at(path):
     """(SHA-256 of the file or None, what is wrong with the image or None)."""
-    if not os.path.isfile(path):
-        return None, f"{path}: not a file"
     try:
-        with open(path, "rb") as file:
-            digest = hashlib.sha256(file.read()).hexdigest()
         with opened(path) as image:
             image.convert("RGB")
-            return digest, oddity(path, image)
+            problem = oddity(path, image)
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest(), problem
+    except UserError as error:
+        return None, str(error)
     except OSError as error:
         return None, f"{path}: {error.strerror}"
-    except UserError as error:
-        return digest, str(error)
 
 
 def oddity(path, image):

@@ -15,6 +15,15 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]  # Pillow would run PostScript
 
 
+MAX_BYTES = 2**28  # Pillow's limit of 89 million pixels is as many bytes; lists are far smaller
+
+
+def require_size(path):
+    """ValueError for a file that is too large to be read into memory unseen."""
+    if os.path.getsize(path) > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES // 2**20} MiB")
+
+
 def read_image(path):
     """Any image file as RGB: grayscale, palette, RGBA and CMYK are converted."""
     with opened(path) as image:
@@ -34,16 +43,25 @@ def opened(path):
     try:
         if not os.path.isfile(path):  # opening a pipe would wait forever
             raise ValueError("not a file")
+        require_size(path)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                if image.mode[0] in "IF" or ";16" in str(image.tile):
+                if image.mode[0] in "IF" or any(map(is_deep, image.tile)):
                     raise ValueError(f"its pixels are of more than 8 bits, mode {image.mode}")
                 if max(image.size) > 100 * min(image.size):  # resized, it could be of any size
                     raise ValueError(f"its sides, {image.size}, are too unequal")
                 yield image
     except Exception as error:  # decoders fail in many ways, all of them the file's
         raise UserError(f"{path}: not an image that can be read ({error})") from error
+
+
+def is_deep(tile):
+    """Whether Pillow would cut the pixels of a tile (decoder, box, offset, arguments) to 8 bits."""
+    decoder, _, _, arguments = tile
+    if decoder.startswith("ppm") and isinstance(arguments, tuple):
+        return arguments[1] > 255  # the greatest value of a pixel
+    return ";16" in str(arguments)
 
 
 def first_existing(root, candidates, name):

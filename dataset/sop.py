@@ -1,7 +1,7 @@
 """Stanford Online Products (Oh Song et al., 2016): 22,634 products, lists for train and test."""
 
 from cli import UserError
-from dataset.files import first_existing, on_disk
+from dataset.files import first_existing, on_disk, require_size
 
 KS = (1, 10, 100, 1000)
 PUBLISHED = {"train": (59551, 11318), "test": (60502, 11316)}  # images, classes
@@ -13,7 +13,11 @@ def read(root, split):
     file = f"Ebay_{split}.txt"
     file = first_existing(root, (f"Stanford_Online_Products/{file}", f"sop/{file}"), "SOP")
     try:
-        rows = [line.split() for line in file.read_text().splitlines()[1:] if line.strip()]
+        require_size(file)
+        header, *lines = file.read_text().splitlines()
+        if "image_id" not in header:
+            raise ValueError("the header is missing")  # the first image would be taken for it
+        rows = [line.split() for line in lines if line.strip()]
         items = [(path, int(class_id) - 1) for _, class_id, _, path in rows]
         if not all(0 <= label < 2**31 for _, label in items):
             raise ValueError("class ids are counted from 1")

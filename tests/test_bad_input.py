@@ -2,6 +2,7 @@
 status 2, no traceback, and what was there before is still there."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -118,11 +119,14 @@ IMAGES = {
     "half a decompression bomb": png(12000, 12000),
     "16 bits": as_bytes(Image.fromarray(np.full((40, 40), 40000, np.uint16)), "PNG"),
     "16 bits of RGB": png(40, 40, bits=16, colour=2),
+    "16 bits of RGB in a PPM": b"P6\n40 40\n65535\n" + bytes(40 * 40 * 6),
+    "16 bits of RGB in a plain PPM": b"P3\n40 40\n1023\n" + b"7 " * 40 * 40 * 3,
     "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n",
     "a thread": as_bytes(Image.new("L", (1, 8000)), "PNG"),
     "floating point": as_bytes(Image.fromarray(np.ones((40, 40), np.float32)), "TIFF"),
     "a folder": replaced_by_folder,
     "a dangling link": dangling,
+    "half a gigabyte": lambda path: os.truncate(path, 2**29),
 }
 
 
@@ -149,11 +153,11 @@ def test_readable_images_of_odd_kinds_are_read(tmp_path):
         assert read_image(tmp_path / name).mode == "RGB"
 
 
-def sop_list(text, name="Ebay_train.txt"):
+def sop_list(text, name="Ebay_train.txt", header="image_id class_id super_class_id path"):
     def change(root):
         path = make_sop(root) / SOP / name
         data = text if isinstance(text, bytes) else text.encode()
-        path.write_bytes(b"image_id class_id super_class_id path\n" + data)
+        path.write_bytes(header.encode() + b"\n" + data)
 
     return "SOP", change
 
@@ -174,6 +178,14 @@ def without(make, name, dataset_name):
     def change(root):
         path = make(root) / name
         path.unlink() if path.is_file() else [child.unlink() for child in path.rglob("*.jpg")]
+
+    return dataset_name, change
+
+
+def oversized(make, name, dataset_name):
+    def change(root):
+        with open(make(root) / name, "ab") as file:
+            file.truncate(2**29)
 
     return dataset_name, change
 
@@ -206,6 +218,9 @@ TREES = [
     (sop_list("1 1 1 nowhere.jpg\n"),                         "none of the files"),
     (sop_list("1 1 1 a\0b.jpg\n"),                            "none of the files"),
     (sop_list("1 1 1 ../x.jpg\n", "Ebay_test.txt"),           "leaves the data set's folder"),
+    (sop_list("", header="1 1 1 a.jpg"),                      "the header is missing"),
+    (oversized(make_sop, f"{SOP}/Ebay_test.txt", "SOP"),      "larger than 256 MiB"),
+    (oversized(make_cars, "cars_annos.mat", "cars"),          "larger than 256 MiB"),
     (write("cars_annos.mat", b"", "cars"),                    "cars_annos.mat: not a MATLAB file"),
     (write("cars_annos.mat", b"MATLAB 5.0" * 99, "cars"),     "cars_annos.mat: not a MATLAB file"),
     (cars_mat(other=1),                                       "cars_annos.mat: not a MATLAB file"),

@@ -37,8 +37,8 @@ EDITS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size
 def test_fuzzed_list_files_are_read_or_refused(tmp_path, text):
     folder = tmp_path / SOP
     folder.mkdir(exist_ok=True)
-    (folder / "Ebay_train.txt").write_text("header\n" + text, encoding="utf-8", newline="")
-    (folder / "Ebay_test.txt").write_text("header\n" + text, encoding="utf-8", newline="")
+    for name in ("Ebay_train.txt", "Ebay_test.txt"):
+        (folder / name).write_text("image_id\n" + text, encoding="utf-8", newline="")
     for split in ("train", "test"):
         reads_or_refuses(lambda: dataset.load("SOP", tmp_path, split))  # noqa: B023
 
