@@ -351,6 +351,7 @@ def run_epoch(training, trains, tests, log, run_folder, stop):
         with stop.deferred():
             train_epoch(training, trains, log, after_step)
             fetch()
+            log.tick("step")  # on a GPU the steps that are queued end with the fetch
         started = time.perf_counter()
         recalls = evaluate(training.model, tests, training.device, dataset.ks(args.dataset))
         with stop.deferred():

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from benchmarks.timing import alternate, peak_mb, report
+from benchmarks.timing import alternate, extra_mb, report
 from evaluate import recall_at_k
 
 D = 512
@@ -14,9 +14,7 @@ def measure(name, images, per_class, noise, ks, rounds):
     labels = torch.arange(images) // per_class
     centres = torch.randn(int(labels[-1]) + 1, D)
     x = F.normalize(centres[labels] + noise * torch.randn(images, D))
-    before = peak_mb()
-    result = recall_at_k(x, labels, ks)
-    memory = peak_mb() - before
+    result, memory = extra_mb(lambda: recall_at_k(x, labels, ks))
 
     def product():
         for rows in x.split(1024):

@@ -5,6 +5,7 @@ import json
 import resource
 import statistics
 import time
+from pathlib import Path
 
 
 def alternate(sides, rounds, warmup=1):
@@ -21,6 +22,18 @@ def alternate(sides, rounds, warmup=1):
 
 def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def extra_mb(function):
+    """(result, MB that were resident at the peak beyond those from before). Linux only."""
+
+    def resident(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # else the peak is that of all before
+    before = resident("VmRSS:")
+    return function(), resident("VmHWM:") - before
 
 
 def report(rows, description):
