@@ -15,10 +15,9 @@ from PIL import Image
 from torchvision import transforms
 
 from benchmarks.timing import alternate, peak_mb, report
-from dataset.cache import open_cache
+from dataset.cache import cache_in_memory
 from dataset.images import ImageSet
 from dataset.loader import test_loader, train_loader
-from dataset.transforms import BGR_MEAN, test_transform, train_transform
 
 IMAGES, BATCH, HEIGHT, WIDTH = 64, 32, 375, 500  # the usual size in CUB, there of 97 KB a file
 CPU = torch.device("cpu")
@@ -46,7 +45,7 @@ def usual(split):
         else [transforms.Resize(256), transforms.CenterCrop(224)]
     )
     bgr = transforms.Lambda(lambda x: x[[2, 1, 0]] * 255)
-    mean = transforms.Normalize(BGR_MEAN, [1, 1, 1])
+    mean = transforms.Normalize((104, 117, 128), [1, 1, 1])
     return transforms.Compose([*crop, transforms.ToTensor(), bgr, mean])
 
 
@@ -63,19 +62,19 @@ class Usual(torch.utils.data.Dataset):
 
 def measure(split, items, cache, rounds):
     paths = [path for path, _ in items]
-    images = ImageSet(items, {"train": train_transform, "test": test_transform}[split]())
+    images = ImageSet(items)
     cached = copy.copy(images)
     cached.read = cache
 
     def load(images):
         if split == "train":
-            return train_loader(images, BATCH, seed=0, workers=0, device=CPU)
-        return test_loader(images, BATCH, workers=0, device=CPU)
+            return train_loader(images, 224, BATCH, seed=0, workers=0, device=CPU)
+        return test_loader(images, 224, BATCH, workers=0, device=CPU)
 
     peer = torch.utils.data.DataLoader(Usual(paths, usual(split)), BATCH, split == "train")
     loaders = {"ours": load(images), "cached": load(cached), "usual": peer}
     sides = {
-        name: lambda loader=loader: sum(len(labels) for _, labels in loader)
+        name: lambda loader=loader: sum(len(batch[1]) for batch in loader)
         for name, loader in loaders.items()
     }
     seconds = alternate(sides, rounds)
@@ -94,11 +93,11 @@ def measure(split, items, cache, rounds):
 def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        items = [(str(Path(folder, f"{i}.jpg")), 0) for i in range(IMAGES)]
+        items = [(str(Path(folder, f"{i}.jpg")), "photos") for i in range(IMAGES)]
         for i, (path, _) in enumerate(items):
             write_photo(path, seed=i)
         with contextlib.redirect_stdout(sys.stderr):
-            cache = open_cache("ram", "photos", [path for path, _ in items], folder, workers=1)
+            cache = cache_in_memory([path for path, _ in items], workers=1)
         report([measure(split, items, cache, rounds=15) for split in ("train", "test")], __doc__)
 
 

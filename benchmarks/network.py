@@ -7,24 +7,20 @@ from torch.nn.utils import clip_grad_value_
 
 from benchmarks.timing import alternate, peak_mb, report
 from losses import DDML, ProxyAnchor
-from net import EmbeddingNet, create_model, place
+from net import create_model
 from net.bn_inception import BNInception
-from train import build_optimizer, build_parser, prepare_epoch, train_step
+from recipe import build_optimizer, prepare_epoch, settle_loss, train_step
+from train import build_parser
 
 B, SIZE = 16, 224
 
 
 class Plain(BNInception):
-    """Convolution, batch norm, ReLU and pooling: each a pass of its own, in the paper's order."""
+    """Convolution, batch norm and ReLU: each a pass of its own over the maps."""
 
-    def _apply_conv(self, name, x, max_pool=False):
+    def _conv(self, name, x):
         conv, bn = getattr(self, name), getattr(self, f"{name}_bn")
-        x = F.relu(bn(conv(x)), inplace=True)
-        return F.max_pool2d(x, 3, 2, ceil_mode=True) if max_pool else x
-
-    def _pool_and_project(self, name, x, pool):
-        pooled = F.max_pool2d if pool == "max" else F.avg_pool2d
-        return self._apply_conv(name, pooled(x, 3, 1, padding=1))
+        return F.relu(bn(conv(x)), inplace=True)
 
 
 def plain_step(model, criterion, optimizer, images, labels):
@@ -35,11 +31,12 @@ def plain_step(model, criterion, optimizer, images, labels):
     optimizer.step()
 
 
-def make_side(model, make_optimizer, train):
+def make_side(model, make_optimizer, train, memory_format):
     """(a training step, an embedding) of `model`: functions without arguments."""
     criterion = DDML(ProxyAnchor(100, 512), al=1.0, be=0.1, gam=1e-5)
     optimizer = make_optimizer(model, criterion)
-    images, labels = torch.randn(B, 3, SIZE, SIZE), torch.arange(B)
+    images = torch.randn(B, 3, SIZE, SIZE).contiguous(memory_format=memory_format)
+    labels = torch.arange(B)
 
     def step():
         prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
@@ -53,19 +50,24 @@ def make_side(model, make_optimizer, train):
     return step, embed
 
 
-def our_side():
-    def optimizer(model, criterion):
-        return build_optimizer(build_parser().parse_args([]), model, criterion)[0]
+def make_sides():
+    """Ours, and the plain one, of the same heads."""
 
-    model = create_model("bn_inception", 512, disent=True)
-    return make_side(place(model, torch.device("cpu")), optimizer, train_step)
+    def our_optimizer(model, criterion):
+        args = build_parser().parse_args([])
+        settle_loss(args)
+        return build_optimizer(args, model, criterion)[0]
 
-
-def plain_side():
-    def optimizer(model, criterion):
+    def plain_optimizer(model, criterion):
         return torch.optim.AdamW([*model.parameters(), *criterion.parameters()], lr=1e-4)
 
-    return make_side(EmbeddingNet(Plain(), 512, disent=True, l2_norm=True), optimizer, plain_step)
+    ours, plain = (create_model("bn_inception", 512, disent=True) for _ in range(2))
+    plain.model.__class__ = Plain
+    plain.to(memory_format=torch.contiguous_format)
+    return (
+        make_side(ours, our_optimizer, train_step, torch.channels_last),
+        make_side(plain, plain_optimizer, plain_step, torch.contiguous_format),
+    )
 
 
 def measure(name, ours, peer, rounds):
@@ -81,7 +83,7 @@ def measure(name, ours, peer, rounds):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    ours, peer = our_side(), plain_side()
+    ours, peer = make_sides()
     report([
         measure(name, *pair, rounds=7)
         for name, pair in zip(("training step", "embedding"), zip(ours, peer))

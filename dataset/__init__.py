@@ -1,7 +1,13 @@
-"""The data sets, under one name each: `load(name, root, split, transform)`."""
+"""The data sets, under one name each: `load(name, root, split)`.
 
-from cli import UserError, plural, warn
+Each is a module with `read(root) -> {split: [(path, class name)]}`, the KS of its Recall@K, and,
+where there is one, its PUBLISHED split.
+"""
+
 from dataset import cars, cub, demo, sop
+from dataset.files import on_disk
+from dataset.images import ImageSet
+from utils import UserError, plural, warn
 
 DATASETS = {"cub": cub, "cars": cars, "SOP": sop, "demo": demo}
 ALIASES = {"car": "cars"}  # differs: the script does not know the name its README uses
@@ -21,26 +27,28 @@ def ks(name):
 
 
 def load(name, root, split, transform=None):
-    """The `train` or `test` images of a data set, as an ImageSet, in any layout it comes in.
+    """One split of a data set, `train` or `test`, as an ImageSet, in any layout it comes in.
 
     Warns where the files found are not the published ones: a subset is a fine thing to train on.
     Raises UserError when there are none, naming every path tried.
     """
-    from dataset.images import ImageSet  # imports torch, which the names of data sets do without
-
-    items, _ = read(name, root, split)
+    splits = read(name, root)
+    if split not in splits:
+        raise ValueError(f"{name} has the splits {', '.join(splits)}, not {split}")
+    items, missing = on_disk(splits[split])
+    if not items:
+        such_as = f": none of the listed files is there, such as {missing[0]}" if missing else ""
+        raise UserError(f"{name} {split}: there are no images{such_as}")
     difference = unlike_published(name, split, items)
     if difference:
         warn(difference)
     return ImageSet(items, transform)
 
 
-def read(name, root, split):
-    """([(path, label)], [path that a list names and the disk does not have]) of a split."""
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be train or test, not {split}")
+def read(name, root):
+    """{split: [(path, class name)]}: what the data set's folders or lists name."""
     try:
-        return DATASETS[canonical_name(name)].read(root, split)
+        return DATASETS[canonical_name(name)].read(root)
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from error
 

@@ -9,8 +9,10 @@ import os
 from PIL import Image
 
 import dataset
-from cli import Parser, UserError, at_least, in_parallel, plural, run
-from dataset.files import opened
+from dataset.files import on_disk, opened
+from dataset.loader import in_parallel
+from flags import Parser, at_least
+from utils import UserError, plural, run
 
 
 def look_at(path):
@@ -39,37 +41,34 @@ def oddity(path, image):
 
 def check(name, root, workers):
     """All problems of a data set, a line each."""
-    problems, digests, missing, seen = [], {}, set(), 0
-    for split in ("train", "test"):
-        items, absent = dataset.read(name, root, split)
+    problems, digests, seen = [], {}, 0
+    for split, listed in dataset.read(name, root).items():
+        items, missing = on_disk(listed)
         paths = [path for path, _ in items]
         problems += filter(None, [dataset.unlike_published(name, split, items)])
+        problems += [f"{path}: listed, but not there" for path in missing]
         looks = in_parallel(look_at, paths, workers, f"{name} {split}")
         problems += [problem for _, problem in looks if problem]
         digests[split] = {}
         for path, (digest, _) in zip(paths, looks):
             digests[split].setdefault(digest, []).append(path)
-        missing |= set(absent)
         seen += len(paths)
-    problems += [f"{path}: listed, but not there" for path in sorted(missing)]
-    for digest in sorted(digests["train"].keys() & digests["test"].keys() - {None}):
-        train, test = (", ".join(digests[split][digest]) for split in ("train", "test"))
-        problems.append(f"{train}: the same file is in the test half, as {test}")
+    in_train = digests.pop("train")
+    for split, in_split in digests.items():
+        for digest in sorted(in_train.keys() & in_split.keys() - {None}):
+            train, other = (", ".join(paths[digest]) for paths in (in_train, in_split))
+            problems.append(f"{train}: the same file is in the {split} half, as {other}")
     print(f"{name}: looked at {plural(seen, 'image')}")
     return problems
 
 
-def build_parser():
+def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--dataset", default="cub", type=dataset.canonical_name, help="cub, car, SOP, demo")
     add("--data-root", default="./data", help="folder of the extracted data sets")
-    add("--workers", default=os.cpu_count(), type=at_least(1), help="processes that decode images")
-    return parser
-
-
-def main(argv=None):
-    args = build_parser().parse_args(argv)
+    add("--workers", default=os.cpu_count(), type=at_least(0), help="processes that decode images")
+    args = parser.parse_args(argv)
     problems = check(args.dataset, args.data_root, args.workers)
     for problem in problems:
         print(problem)

@@ -1,12 +1,11 @@
 """CUB-200-2011 (Wah et al., 2011): 200 bird species, a folder each."""
 
-from dataset.files import class_folders, first_existing, half_of_classes
+from dataset.files import class_folders, first_existing, halves
 
 KS = (1, 2, 4, 8, 16, 32)
 PUBLISHED = {"train": (5864, 100), "test": (5924, 100)}  # images, classes
 
 
-def read(root, split):
-    """([(path, label)], []); classes by sorted folder name, the first half of them trains."""
+def read(root):
     folder = first_existing(root, ("CUB_200_2011/images", "cub/images"), "cub")
-    return half_of_classes(class_folders(folder), split, folder), []
+    return halves(class_folders(folder), folder)

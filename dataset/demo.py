@@ -1,7 +1,7 @@
 """The demo data set: drawn with Pillow from a seed, in CUB's folder layout.
 
 A class is a shape filled with a texture. Background, colours, pose and scale vary alike in all
-classes: what they share, and what DDML is there to shed.
+classes, so none of them tells which class an image is of.
 """
 
 import math
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from dataset.files import class_folders, half_of_classes
+from dataset.files import class_folders, halves
 
 KS = (1, 2, 4, 8)
 IMAGES_PER_CLASS = 40
@@ -20,12 +20,12 @@ SIZE = 80  # pixels of a generated JPEG's side
 CANVAS = 128  # shapes and textures are drawn larger, then turned and scaled down
 
 
-def read(root, split):
-    """([(path, label)], []); the images are drawn first if they are not there yet."""
+def read(root):
+    """The images are drawn first if they are not there yet."""
     folder = Path(root, "demo", "images")
     if not folder.exists():
         generate(folder)
-    return half_of_classes(class_folders(folder), split, folder), []
+    return halves(class_folders(folder), folder)
 
 
 def generate(folder, seed=0):

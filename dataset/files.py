@@ -7,13 +7,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from cli import UserError
+from utils import UserError
 
 # what torchvision's ImageFolder takes for an image
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 
 FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]  # Pillow would run PostScript
-
 
 MAX_BYTES = 2**28  # Pillow's limit of 89 million pixels is as many bytes; lists are far smaller
 
@@ -87,34 +86,38 @@ def class_folders(folder):
     ]
 
 
-def on_disk(folder, items, list_file):
-    """A list's items (path relative to `folder`, class) as ([(path, class)], [missing path])."""
+def beside(list_file, relative):
+    """The path of a file that a list names, which cannot lead out of the list's folder."""
+    if os.path.isabs(relative) or ".." in Path(relative).parts:
+        raise UserError(f"{list_file}: the path {relative} leaves the data set's folder")
+    return os.path.join(list_file.parent, relative)
+
+
+def on_disk(items):
+    """([(path, class name)] of the files that are there, [path of one that is not])."""
     listings = {}  # one listing per folder is far cheaper than a stat per file on network disks
     found, missing = [], []
-    for relative, label in items:
-        if os.path.isabs(relative) or ".." in Path(relative).parts:
-            raise UserError(f"{list_file}: the path {relative} leaves the data set's folder")
-        path = os.path.join(folder, relative)
+    for path, class_name in items:
         parent, name = os.path.split(path)
         if parent not in listings:
             listings[parent] = set(os.listdir(parent)) if os.path.isdir(parent) else set()
         if name in listings[parent]:
-            found.append((path, label))
+            found.append((path, class_name))
         else:
             missing.append(path)
-    if not found:
-        raise UserError(f"none of the files that {list_file} lists is in {folder}")
     return found, missing
 
 
-def half_of_classes(items, split, source):
-    """The first half of the classes found, in order, is `train` and the second half `test`."""
-    classes = {name: index for index, name in enumerate(sorted({name for _, name in items}))}
-    middle = len(classes) // 2
-    if middle == 0:
+def halves(items, source):
+    """{split: items}: the first half of the classes, in order of name, trains; the second tests."""
+    classes = sorted({name for _, name in items})
+    if len(classes) < 2:
         raise UserError(
             f"{source}: needs images of at least two classes (half of them train, half test), "
             f"found {len(classes)}"
         )
-    labelled = [(path, classes[name]) for path, name in items]
-    return [item for item in labelled if (item[1] < middle) == (split == "train")]
+    train = set(classes[: len(classes) // 2])
+    return {
+        "train": [item for item in items if item[1] in train],
+        "test": [item for item in items if item[1] not in train],
+    }

@@ -1,4 +1,4 @@
-"""The images of one split, and which they are."""
+"""The images of one split."""
 
 import hashlib
 
@@ -9,15 +9,14 @@ from dataset.files import read_image
 
 
 class ImageSet(Dataset):
-    """`paths` and `labels` [N] of one split; item i is (RGB image after `transform`, label).
-
-    Training labels are 0 .. num_classes - 1, so that they index the proxies.
-    """
+    """`paths` and `labels` [N] of one split, and `classes`, the name of each label 0 .. C - 1;
+    item i is (RGB image after `transform`, label)."""
 
     def __init__(self, items, transform=None):
         self.paths = [path for path, _ in items]
-        self.labels = torch.tensor([label for _, label in items])
-        self.num_classes = len(self.labels.unique())
+        self.classes = sorted({name for _, name in items})
+        number = {name: label for label, name in enumerate(self.classes)}
+        self.labels = torch.tensor([number[name] for _, name in items])
         self.transform = transform
         self.read = read_image  # or a dataset.cache.Cache
 
@@ -30,9 +29,10 @@ class ImageSet(Dataset):
 
 
 def digest_of_names(*splits):
-    """A digest of the images' names and labels, wherever the data root is."""
+    """A digest of the images' names and classes, wherever the data root is."""
     digest = hashlib.sha256()
     for images in splits:
         for path, label in zip(images.paths, images.labels.tolist()):
-            digest.update(f"{'/'.join(path.split('/')[-2:])} {label}\n".encode(errors="replace"))
+            name = f"{'/'.join(path.split('/')[-2:])} {images.classes[label]}\n"
+            digest.update(name.encode(errors="replace"))
     return digest.hexdigest()

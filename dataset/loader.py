@@ -1,115 +1,51 @@
-"""Batches whose content depends on (seed, epoch, index of the sample) alone: never on the
-number of workers, on their state, or on where a run was interrupted (differs: the script draws
-from the state of workers and process)."""
+"""Loading in processes: the batches of training and of evaluation, and any work on many files."""
 
+import os
 import warnings
-from collections import Counter
+from functools import partial
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from cli import UserError, leave_signals_to_parent
-from dataset.transforms import to_input
-from utils import generator, memory_format, seed_of
-
-ORDER, AUGMENTATION = 0, 1  # independent streams of random numbers under one seed
+from dataset.augment import crop_and_flip, draw, resize_and_crop
+from dataset.sampler import EpochBatches
+from utils import UserError, progress
 
 # The number of workers is the user's choice, and the published default is 4.
 warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
 
 
-class EpochBatches(Sampler):
-    """Batches of (epoch, index, occurrence) for the epoch last given to `set_epoch`.
+class Work(Dataset):
+    """Item `key` is function(key), or the UserError that it raises: raised in a worker it would
+    arrive as a traceback."""
 
-    A random permutation with the last incomplete batch dropped; with `images_per_class` n, each
-    batch instead holds n images, drawn with replacement, of each of batch_size / n classes.
-    """
-
-    def __init__(self, images, batch_size, seed, images_per_class=None):
-        self.batch_size, self.seed = batch_size, seed
-        self.epoch = self.first_step = 0
-        self.paths, self.images_per_class = images.paths, images_per_class
-        if images_per_class:
-            classes = images.labels.unique()
-            self.members = [torch.nonzero(images.labels == c).flatten() for c in classes]
-
-    def set_epoch(self, epoch, first_step=0):
-        """What to iterate over next: an epoch, or the rest of one from `first_step` on."""
-        self.epoch, self.first_step = epoch, first_step
+    def __init__(self, function, count=None):
+        self.function, self.count = function, count
 
     def __len__(self):
-        """Steps of a whole epoch."""
-        return len(self.paths) // self.batch_size
-
-    def __iter__(self):
-        order = self.balanced_order() if self.images_per_class else self.shuffled_order()
-        seen = Counter()
-        keys = []
-        for index in order[: len(self) * self.batch_size]:
-            keys.append((self.epoch, index, seen[index]))
-            seen[index] += 1
-        for step in range(self.first_step, len(self)):
-            yield keys[step * self.batch_size : (step + 1) * self.batch_size]
-
-    def files(self, epoch, step):
-        """Paths of the images of one batch."""
-        self.set_epoch(epoch, step)
-        return [self.paths[index] for _, index, _ in next(iter(self))]
-
-    def shuffled_order(self):
-        return torch.randperm(
-            len(self.paths), generator=generator(self.seed, ORDER, self.epoch)
-        ).tolist()
-
-    def balanced_order(self):
-        rng = generator(self.seed, ORDER, self.epoch)
-        order = []
-        for _ in range(len(self)):
-            classes = torch.randperm(len(self.members), generator=rng)
-            for c in classes[: self.batch_size // self.images_per_class].tolist():
-                drawn = torch.randint(len(self.members[c]), (self.images_per_class,), generator=rng)
-                order += self.members[c][drawn].tolist()
-        return order
-
-
-class SeededImages(Dataset):
-    """`images` under keys (epoch, index, occurrence), which seed the augmentation. An image drawn
-    again in an epoch, as balanced batches do, is another occurrence and augmented anew."""
-
-    def __init__(self, images, seed):
-        self.images, self.seed = images, seed
-
-    def __getitem__(self, key):
-        with torch.random.fork_rng(devices=[]):
-            # where torchvision draws from
-            torch.default_generator.manual_seed(seed_of(self.seed, AUGMENTATION, *key))
-            return self.images[key[1]]
-
-
-class CatchUserErrors(Dataset):
-    """Hands a UserError over as an item: raised in a worker it would arrive as a traceback."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
+        return self.count
 
     def __getitem__(self, key):
         try:
-            return self.images[key]
+            return self.function(key)
         except UserError as error:
             return error
 
 
-def collate(items):
+def collate(items, combine=default_collate):
     error = next((item for item in items if isinstance(item, UserError)), None)
-    return error or default_collate(items)
+    return error or combine(items)
 
 
-def make_loader(images, workers, device, **batching):
+def leave_signals_to_parent(worker):
+    """A terminal's Ctrl-C goes to a whole session: the death of a worker would break off what the
+    parent is about to finish. A worker whose parent is gone ends by itself, within seconds."""
+    os.setsid()
+
+
+def make_loader(work, workers, device, collate=collate, **batching):
     return DataLoader(
-        CatchUserErrors(images),
+        work,
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -120,36 +56,59 @@ def make_loader(images, workers, device, **batching):
     )
 
 
-def train_loader(images, batch_size, seed, workers, device, images_per_class=None):
+def train_loader(
+    images, size, batch_size, seed, workers, device, images_per_class=None, interpolation="bilinear"
+):
     """Seeded, augmented batches; call `loader.batch_sampler.set_epoch` before each epoch."""
-    batches = EpochBatches(images, batch_size, seed, images_per_class)
-    return make_loader(SeededImages(images, seed), workers, device, batch_sampler=batches)
+    keys = EpochBatches(images, batch_size, seed, images_per_class)
+    work = Work(partial(augmented, images, size, seed, interpolation))
+    return make_loader(work, workers, device, batch_sampler=keys)
 
 
-def test_loader(images, batch_size, workers, device):
+def augmented(images, size, seed, interpolation, key):
+    _, index, _ = key
+    image = images.read(images.paths[index])
+    box, flip = draw(seed, *key, image.size)
+    return crop_and_flip(image, box, flip, size, interpolation), images.labels[index], index
+
+
+def test_loader(images, size, batch_size, workers, device, interpolation="bilinear"):
     """Every image once, in order."""
-    return make_loader(images, workers, device, batch_size=batch_size)
+    work = Work(partial(centred, images, size, interpolation), len(images))
+    return make_loader(work, workers, device, batch_size=batch_size)
+
+
+def centred(images, size, interpolation, index):
+    image = images.read(images.paths[index])
+    return resize_and_crop(image, size, interpolation), images.labels[index], index
+
+
+test_loader.__test__ = False  # no test of pytest's
 
 
 def batches(loader, device):
-    """(the network's input [B, 3, H, W], labels [B]) on `device`; a UserError met by a worker is
-    raised here, and so is the death of a worker."""
-    loaded = iter(loader)
-    while True:
-        try:
-            batch = next(loaded, None)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"a process that loads images died, perhaps for lack of memory; use fewer "
-                f"--workers ({str(error).splitlines()[0]})"
-            ) from error
-        if batch is None:
-            return
+    """(pixels uint8 RGB [B, H, W, 3], labels [B], index [B] of the images) on `device`; a UserError
+    met by a worker is raised here."""
+    for batch in raising(loader):
+        yield [part.to(device, non_blocking=True) for part in batch]
+
+
+def raising(loader):
+    for batch in loader:
         if isinstance(batch, UserError):
             # A new one: raising `batch` itself would make a cycle with this frame, and the loader
             # in it would be collected in an order in which its workers are not told to stop.
             raise UserError(str(batch))
-        pixels, labels = (part.to(device, non_blocking=True) for part in batch)
-        yield to_input(pixels, memory_format(device)), labels
+        yield batch
+
+
+def in_parallel(function, items, workers, label):
+    """[function(item) for each item], in order, by `workers` processes; shows the progress."""
+    work = Work(partial(call, function, items), len(items))
+    cpu = torch.device("cpu")
+    loader = make_loader(work, workers, cpu, collate=partial(collate, combine=list), batch_size=16)
+    return [result for batch in progress(raising(loader), len(loader), label) for result in batch]
+
+
+def call(function, items, index):
+    return function(items[index])

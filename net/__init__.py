@@ -1,13 +1,15 @@
-"""The embedding network: a backbone, its pooling and the one or two linear heads."""
+"""The embedding network: a backbone, its pooling, the one or two linear heads."""
+
+import copy
+import difflib
 
 import torch
 from torch import nn
 
-from net.bn_inception import BNInception
-from net.weights import load_weights
-from utils import memory_format
-
-MODELS = {"bn_inception": BNInception}
+from net.backbones import BACKBONES, TIMM, create_backbone
+from net.weights import load_strictly, load_weights
+from storage import read_checkpoint
+from utils import UserError
 
 
 def l2_normalize(x):
@@ -17,34 +19,60 @@ def l2_normalize(x):
 
 
 class EmbeddingNet(nn.Module):
-    """Images [B, 3, H, W] -> what the loss reads; `embed` gives what retrieval reads.
+    """The network's input [B, 3, H, W] -> what the loss reads; `embed` gives what retrieval reads,
+    and `prepare` makes the input.
 
     With `disent` a head's columns are [mu | s]: the mean, and the raw scale of the
     distribution that DDML samples from (AAAI 2025). The heads are stored as
     `model.embedding*`, beside the backbone's layers, as in the published checkpoints.
     """
 
-    def __init__(self, backbone, embedding_size, disent, l2_norm):
+    def __init__(self, name, embedding_size, disent, l2_norm):
         super().__init__()
-        self.embedding_size, self.disent, self.l2_norm = embedding_size, disent, l2_norm
-        self.model = backbone
+        self.name, self.embedding_size = name, embedding_size
+        self.disent, self.l2_norm = disent, l2_norm
+        self.backbone = create_backbone(name)
+        self.interpolation = self.backbone.interpolation
+        self.model = self.backbone.network
+        self.register_buffer("mean", torch.tensor(self.backbone.mean).float(), persistent=False)
+        self.register_buffer("std", torch.tensor(self.backbone.std).float(), persistent=False)
+        size = getattr(self.model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-1]
         width = 2 * embedding_size if disent else embedding_size
-        self.model.embedding = nn.Linear(backbone.num_features, width)
+        self.model.embedding = nn.Linear(self.num_features(size), width)
         if disent:
             self.model.embedding_specific = nn.Linear(width, width)
         for head in self.heads():
             nn.init.kaiming_normal_(head.weight, mode="fan_out")
             nn.init.zeros_(head.bias)
+        self.to(memory_format=torch.channels_last)  # as `prepare` lays out its images
 
     def heads(self):
         """The layers that train from the first epoch on, while the backbone waits (--warm)."""
         names = ("embedding", "embedding_specific") if self.disent else ("embedding",)
         return [getattr(self.model, name) for name in names]
 
+    def num_features(self, size):
+        """F, the columns that the backbone gives for images of this size; UserError if it cannot
+        take them. Computes nothing: tensors on the meta device are shapes."""
+        shadow = copy.deepcopy(self.model).eval().to("meta")
+        try:
+            features = self.backbone.pool(shadow, torch.zeros(1, 3, size, size, device="meta"))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(f"--image-size {size}: not for {self.name}: {reason}") from error
+        if not torch.is_tensor(features) or features.ndim != 2:
+            raise UserError(f"--model {self.name}: its features are neither maps nor tokens")
+        return features.shape[1]
+
+    def prepare(self, pixels):
+        """RGB pixels, uint8 [B, H, W, 3] -> the network's input: its order, scale and mean."""
+        if self.backbone.order == "BGR":
+            pixels = pixels.flip(dims=(3,))
+        images = pixels.to(self.mean.dtype).sub_(self.mean).div_(self.std)
+        return images.permute(0, 3, 1, 2)  # channels last in memory
+
     def pool(self, images):
-        """Global average plus global maximum of the last feature map: [B, F]."""
-        features = self.model.features(images)
-        return features.mean(dim=(2, 3)) + features.amax(dim=(2, 3))
+        return self.backbone.pool(self.model, images)
 
     def forward(self, images):
         """(head [B, 2d], head_specific [B, 2d]) with disent, head [B, d] without."""
@@ -60,14 +88,44 @@ class EmbeddingNet(nn.Module):
         return l2_normalize(mu)
 
 
-def place(model, device):
-    """Move a network to where it runs."""
-    return model.to(device, memory_format=memory_format(device))
+def model_name(name):
+    """--model's type: a row of BACKBONES, or timm/NAME."""
+    if name not in BACKBONES and not name.startswith(TIMM):
+        near = difflib.get_close_matches(name, BACKBONES, 1)
+        raise UserError(
+            f"--model {name}: choose from {', '.join(BACKBONES)} and {TIMM}NAME"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    return name
 
 
 def create_model(name, embedding_size, disent=False, l2_norm=True, weights=None):
-    """Build a network; `weights` is None or "none" (random), "imagenet", or a checkpoint's path."""
-    model = EmbeddingNet(MODELS[name](), embedding_size, disent, l2_norm)
+    """Build a network; `weights` is None or "none" (random), "imagenet" (downloaded), or a
+    checkpoint's path."""
+    model = EmbeddingNet(model_name(name), embedding_size, disent, l2_norm)
     if weights not in (None, "none"):
         load_weights(model, weights)
     return model
+
+
+def network_of(checkpoint, path):
+    """(state dict, {flag: value}) of a checkpoint's network: its flags are those stored, or, in a
+    published one, what the weights' shapes tell."""
+    state, stored = checkpoint.get("model_state_dict"), checkpoint.get("args", {})
+    if not isinstance(state, dict) or not isinstance(stored, dict):
+        raise UserError(f"{path}: not a checkpoint: it has no model_state_dict, or odd flags")
+    disent = "model.embedding_specific.weight" in state
+    flags = {"model": "bn_inception", "l2_norm": True}
+    shape = getattr(state.get("model.embedding.weight"), "shape", ())
+    if len(shape) == 2:
+        flags["embedding_size"] = shape[0] // 2 if disent else shape[0]
+    return state, flags | stored | {"disent": disent}
+
+
+def load_model(path):
+    """The network of a checkpoint, one of ours or a published one, to embed with (eval mode)."""
+    state, flags = network_of(read_checkpoint(path), path)
+    names = ("model", "embedding_size", "disent", "l2_norm")
+    model = create_model(*(flags.get(name) for name in names))
+    load_strictly(model, state, path)
+    return model.eval()

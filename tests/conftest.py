@@ -1,6 +1,7 @@
 """Small data sets of real JPEG files in the layouts they are distributed in, and small runs."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -10,18 +11,20 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-import cli
 import train
+import utils
 from net import create_model
+from tests import toy  # noqa: F401 (it adds --model toy)
 
 torch.set_num_threads(2)
+os.environ["HF_HUB_OFFLINE"] = "1"  # what timm would download, it does not
 
 PER_CLASS = 10
 ROOT = Path(__file__).parent.parent
 SOP = "Stanford_Online_Products"
 TINY = (
-    "--dataset cub --weights none --image-size 32 --batch-size 8 --embedding-size 8 --epochs 2 "
-    "--workers 0 --wandb disabled --disent True --al 1 --be 0.1 --gam 1e-5 "
+    "--dataset cub --model toy --weights none --image-size 32 --batch-size 8 --embedding-size 8 "
+    "--epochs 2 --workers 0 --wandb disabled --disent True --al 1 --be 0.1 --gam 1e-5 "
 )
 DISENT = TINY[TINY.index("--disent") :]
 
@@ -162,13 +165,19 @@ def fails(argv, capsys, main=train.main):
     """The one line that a user error ends in."""
     capsys.readouterr()
     try:  # pytest.raises would keep the frames, and workers in them that nobody tells to stop
-        cli.run(lambda: main(shlex.split(argv)))
+        utils.run(lambda: main(shlex.split(argv)))
     except SystemExit as end:
         status = end.code
     assert status == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "warning:" not in line]
     assert len(errors) == 1 and "error: " in errors[0]
     return errors[0]
+
+
+def checkpoint_of(folder, which="last"):
+    """A run's `last` or `best` checkpoint."""
+    (path,) = folder.glob(f"*_{which}.pth")
+    return path
 
 
 def published_checkpoint(path, change=lambda state: None, **kwargs):

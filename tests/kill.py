@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from tests.conftest import make_cub
-from utils import read_checkpoint
+from storage import read_checkpoint
+from tests.conftest import checkpoint_of, make_cub
 
 ROOT = Path(__file__).parent.parent
 FLAGS = (
@@ -70,21 +70,19 @@ def same(first, second):
 
 def assert_same_run(folder, other):
     """Both checkpoints, all of their parts but the flags, and metrics.jsonl, times aside."""
-    for name in ("cub_bn_inception_best.pth", "cub_bn_inception_last.pth"):
-        first, second = read_checkpoint(folder / name), read_checkpoint(other / name)
+    for which in ("best", "last"):
+        first, second = (read_checkpoint(checkpoint_of(side, which)) for side in (folder, other))
         for part in first.keys() - {"args"}:
-            assert same(first[part], second[part]), f"{folder / name}: {part} differs"
+            assert same(first[part], second[part]), f"{folder}, {which}: {part} differs"
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == first["history"], f"{folder}: metrics differ"
 
 
 def run_train(here, flags, seconds=None, inject=None):
     """Run train.py; SIGKILL it after `seconds`, or at the n-th call of a save. Its exit status."""
-    script = str(ROOT / "train.py")
+    command = [sys.executable, "-m", "tests.toy"]
     if inject is not None:
-        script = "-c"
-        program = f"import sys; from tests.kill import injected; injected({inject})"
-    command = [sys.executable, script, *([program] if inject is not None else [])]
+        command[1:] = ["-c", f"from tests.kill import injected; injected({inject})"]
     process = subprocess.Popen(
         [*command, *shlex.split(FLAGS + flags)], cwd=here, start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -112,21 +110,22 @@ def resume_flag(here, name):
     return "--resume" if list(Path(here, name).glob("*/*/args.json")) else ""
 
 
-def whole_run(here, epochs):
+def whole_run(here, epochs, model):
     if not Path(here, "data").exists():
         make_cub(Path(here, "data"))
     started = time.monotonic()
-    run_train(here, f"--LOG_DIR whole{epochs} --workers 0 --epochs {epochs} --overwrite")
+    flags = f"--LOG_DIR whole{epochs} --workers 0 --epochs {epochs} --overwrite {model}"
+    run_train(here, flags)
     return next(Path(here).glob(f"whole{epochs}/*/*")), time.monotonic() - started
 
 
-def kill_at_random(here, kills, seed, epochs=3):
+def kill_at_random(here, kills, seed, epochs=3, model="--model bn_inception"):
     """Kill runs at random instants until `kills` were; every run has to end as the whole one."""
     rng = random.Random(seed)
     tally = {"runs": 0, "killed": 0, "identical": 0}
     while tally["killed"] < kills:
         if tally["runs"] % 8 == 0:  # the machine's speed may change
-            whole, duration = whole_run(here, epochs)
+            whole, duration = whole_run(here, epochs, model)
         name = f"killed{tally['runs']}"
         tally["runs"] += 1
         status = -signal.SIGKILL
@@ -134,7 +133,7 @@ def kill_at_random(here, kills, seed, epochs=3):
             left = kills - tally["killed"]
             # the first half of a run is Python importing torch, in which there is little to lose
             instant = rng.uniform(0.4, 1.0) * duration if left else None
-            flags = f"--LOG_DIR {name} --workers {rng.choice([0, 1, 2])} --epochs {epochs} "
+            flags = f"--LOG_DIR {name} --epochs {epochs} --workers {rng.choice([0, 1, 2])} {model} "
             status = run_train(here, flags + resume_flag(here, name), instant)
             tally["killed"] += status != 0
         assert_same_run(next(Path(here).glob(f"{name}/*/*")), whole)
@@ -144,13 +143,13 @@ def kill_at_random(here, kills, seed, epochs=3):
     return tally
 
 
-def kill_at_calls(here, step, epochs=1):
+def kill_at_calls(here, step, epochs=1, model="--model bn_inception"):
     """Kill a run at each write, fsync and rename in turn, and continue it."""
-    whole, _ = whole_run(here, epochs)
+    whole, _ = whole_run(here, epochs, model)
     tally = {"calls": 0, "identical": 0}
     for n in range(0, 10**6, step):
         name = f"call{n}"
-        flags = f"--LOG_DIR {name} --workers 0 --epochs {epochs} "
+        flags = f"--LOG_DIR {name} --workers 0 --epochs {epochs} {model} "
         if run_train(here, flags, inject=n) == 0:
             return tally
         tally["calls"] += 1

@@ -1,5 +1,5 @@
-"""What a user can get wrong, and what nobody trusts: each ends in one line that names it, exit
-status 2, no traceback, and what was there before is still there."""
+"""What a user can get wrong: each ends in one line that names it, exit status 2, no traceback, and
+what was there before is still there."""
 
 import io
 import os
@@ -25,62 +25,81 @@ from tests.conftest import (
 )
 
 JPEG = "CUB_200_2011/images/001.Bird_0/Bird_0003.jpg"
-
-
-def junk(here):
-    (here / "junk").write_bytes(b"junk")
-
+VIT = "timm/vit_tiny_patch16_224"
 
 FLAGS = [
     # flags                          the line has
     ("--batch-size 21",              "--batch-size 21: larger than the 20 training"),
     ("--batch-size 0",               "--batch-size: invalid number"),
+    ("--batch 8",                    "unrecognized arguments: --batch 8"),
     ("--dataset birds",              "--dataset birds: unknown data set"),
-    ("--model resnet50",             "--model: invalid choice: 'resnet50'"),
-    ("--loss Triplet",               "--loss: invalid choice: 'Triplet'"),
-    ("--optimizer lamb",             "--optimizer: invalid choice: 'lamb'"),
     ("--data-root nowhere",          "tried nowhere/CUB_200_2011/images, nowhere/cub/images"),
+    ("--optimizer lamb",             "--optimizer: invalid choice: 'lamb'"),
     ("--disent maybe",               "--disent: invalid boolean value: 'maybe'"),
-    ("--bn-freeze 2",                "--bn-freeze: invalid boolean value: '2'"),
     ("--lr fast",                    "--lr: invalid number"),
     ("--lr nan",                     "--lr: invalid number"),
-    ("--lr -1",                      "--lr: invalid number"),
     ("--lr 1e36",                    "--lr: invalid number"),
     ("--alpha inf",                  "--alpha: invalid number"),
+    ("--proxy-lr-factor -1",         "--proxy-lr-factor: invalid number"),
     ("--epochs 0",                   "--epochs: invalid number"),
     ("--seed -1",                    "--seed: invalid number"),
-    ("--image-size 104",             "--image-size: BN-Inception takes multiples of 32"),
-    ("--IPC 3",                      "--IPC 3"),
-    ("--IPC 2",                      "--IPC 2"),
-    ("--batch 8",                    "unrecognized arguments: --batch 8"),
-    ("--remark a/b",                 "--remark: a folder's name cannot hold 'a/b'"),
-    (f"--remark {'x' * 250}",        "too long"),
-    (f"--LOG_DIR {'x' * 300}",       "File name too long"),
-    ("--remark '\udcff'",            "a folder's name cannot hold"),
+    ("--IPC 3",                      "--IPC 3: a batch of --batch-size 8 cannot hold 3 images"),
+    ("--IPC 2",                      "--IPC 2: a batch of --batch-size 8 cannot hold 2 images"),
     ("--embedding-size 1000000000",  "--embedding-size: invalid number"),
-    ("--batch-size 9223372036854775808", "--batch-size: invalid number"),
-    ("--image-size 320000",          "--image-size: BN-Inception takes"),
     ("--gpu-id -2",                  "--gpu-id: invalid number"),
     ("--checkpoint-every 0",         "--checkpoint-every: invalid number"),
-    ("--weights nowhere.pth",        "nowhere.pth: no such checkpoint"),
-    ("--weights junk",               "junk: not a checkpoint"),
-    ("--weights imagenet",           "--weights imagenet: not in"),
+    ("--cache disk",                 "--cache: invalid choice: 'disk'"),
+    ("--wandb online",               "--wandb online: no account"),
+    # where it is written, and what it goes on from
+    ("--remark a/b",                 "--remark: a folder's name cannot hold 'a/b'"),
+    ("--remark '\udcff'",            "--remark: a folder's name cannot hold"),
+    (f"--remark {'x' * 250}",        "too long"),
+    (f"--LOG_DIR {'x' * 300}",       "File name too long"),
+    ("--LOG_DIR junk",               "junk/logs_cub"),
     ("--resume",                     "--resume: there is no run in"),
     ("--resume nowhere.pth",         "nowhere.pth: no such checkpoint"),
     ("--resume junk",                "junk: not a checkpoint"),
     ("--resume --overwrite",         "--overwrite: not allowed with argument --resume"),
-    ("--wandb online",               "--wandb online: no account"),
-    ("--LOG_DIR junk",               "junk/logs_cub"),
+    # losses
+    ("--loss Magnet",                "--loss: invalid choice: 'Magnet'"),
+    ("--loss Contrastive",           "--disent True: --loss Contrastive compares pairs"),
+    ("--loss Triplet",               "--disent True: --loss Triplet compares pairs"),
+    ("--loss MultiSimilarity",       "--disent True: --loss MultiSimilarity compares pairs"),
+    ("--loss NPair",                 "--disent True: --loss NPair compares pairs"),
+    ("--loss NormSoftmax --mrg 0.2", "--mrg: --loss NormSoftmax has no margin"),
+    ("--loss NPair --alpha 3",       "--alpha: --loss NPair has no scale"),
+    ("--loss NormSoftmax --alpha 0", "--alpha: invalid number"),
+    ("--loss Triplet --proxy-lr-factor 2", "--proxy-lr-factor: --loss Triplet has no proxies"),
+    # backbones
+    ("--model resnet5",              "did you mean resnet50?"),
+    ("--model timm/vit_tiny_patch16_22", f"did you mean {VIT}?"),
+    (f"--model {VIT}.nonsense",      "Invalid pretrained tag"),
+    ("--model timm/crossvit_9_240",  "its features are neither maps nor tokens"),
+    ("--image-size 320000",          "--image-size: invalid number"),
+    ("--image-size 4",               "--image-size 4: not for toy"),
+    ("--image-size 104 --model bn_inception", "--image-size 104: not for bn_inception"),
+    (f"--image-size 70 --model {VIT}", f"--image-size 70: not for {VIT}"),
+    ("--image-size 64 --model timm/mixer_s16_224", "--image-size 64: not for timm/mixer"),
+    ("--weights nowhere.pth",        "nowhere.pth: no such checkpoint"),
+    ("--weights junk",               "junk: not a checkpoint"),
+    ("--weights imagenet",           "--weights imagenet: there are none for toy"),
+    ("--weights imagenet --model bn_inception", "checkpoints/bn_inception-52deb4733.pth"),
+    ("--weights imagenet --model resnet18",     "checkpoints/resnet18-f37072fd.pth"),
+    (f"--weights imagenet --model {VIT}",       "timm cannot get those of vit_tiny_patch16_224"),
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def cub(tmp_path_factory):
+    return make_cub(tmp_path_factory.mktemp("data"))
+
+
 @pytest.mark.parametrize("flags, line", FLAGS)
-def test_a_bad_flag_ends_in_one_line(here, capsys, flags, line):
-    junk(here)
-    make_cub(here / "data")
-    before = snapshot(here)
+def test_a_bad_flag_ends_in_one_line_and_writes_nothing(here, capsys, cub, flags, line):
+    (here / "junk").write_bytes(b"junk")
+    (here / "data").symlink_to(cub)
     assert line in fails(TINY + flags, capsys)
-    assert snapshot(here) == before
+    assert list(snapshot(here)) == [here / "junk"]
 
 
 def png(width, height, bits=8, colour=0):
@@ -111,12 +130,10 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), n
 IMAGES = {
     "empty": b"",
     "text": b"not an image",
-    "a web page": b"<html>404</html>",
     "torn after the header": as_bytes(NOISE, "JPEG")[:200],
     "torn in the middle": as_bytes(NOISE, "JPEG")[:2000],
     "torn PNG": as_bytes(NOISE, "PNG")[:3000],
     "a decompression bomb": png(30000, 30000),
-    "half a decompression bomb": png(12000, 12000),
     "16 bits": as_bytes(Image.fromarray(np.full((40, 40), 40000, np.uint16)), "PNG"),
     "16 bits of RGB": png(40, 40, bits=16, colour=2),
     "16 bits of RGB in a PPM": b"P6\n40 40\n65535\n" + bytes(40 * 40 * 6),
@@ -130,27 +147,22 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("kind", IMAGES)
+@pytest.mark.parametrize("kind, workers", [*((kind, 0) for kind in IMAGES), ("text", 1)])
 def test_a_bad_image_ends_in_one_line_that_names_it(here, capsys, kind, workers):
-    path = make_cub(here / "data") / JPEG
+    path = make_cub(here / "data", classes=2) / JPEG
     if callable(IMAGES[kind]):
         IMAGES[kind](path)
     else:
         path.write_bytes(IMAGES[kind])
-    assert JPEG in fails(TINY + f"--batch-size 20 --workers {workers}", capsys)
+    assert JPEG in fails(TINY + f"--batch-size 10 --workers {workers}", capsys)
 
 
 def test_readable_images_of_odd_kinds_are_read(tmp_path):
     """CMYK with a profile, a PNG that is called JPEG, an animation's first frame."""
-    for name, data in {
-        "profile.jpg": (NOISE.convert("CMYK"), "JPEG", {"icc_profile": b"x" * 200}),
-        "mislabelled.jpg": (NOISE, "PNG", {}),
-        "animation.gif": (NOISE, "GIF", {"save_all": True, "append_images": [NOISE]}),
-    }.items():
-        image, kind, options = data
-        image.save(tmp_path / name, kind, **options)
-        assert read_image(tmp_path / name).mode == "RGB"
+    NOISE.convert("CMYK").save(tmp_path / "profile.jpg", icc_profile=b"x" * 200)
+    NOISE.save(tmp_path / "mislabelled.jpg", "PNG")
+    NOISE.save(tmp_path / "animation.gif", save_all=True, append_images=[NOISE])
+    assert [read_image(path).mode for path in tmp_path.iterdir()] == ["RGB"] * 3
 
 
 def sop_list(text, name="Ebay_train.txt", header="image_id class_id super_class_id path"):
@@ -170,32 +182,28 @@ def cars_mat(**variables):
     return "cars", change
 
 
-def records(*rows):
-    return np.array([tuple(rows[0].values())], dtype=[(name, object) for name in rows[0]])
+def record(**fields):
+    return np.array([tuple(fields.values())], dtype=[(name, object) for name in fields])
 
 
-def without(make, name, dataset_name):
+def without(make, name, data_set):
     def change(root):
         path = make(root) / name
         path.unlink() if path.is_file() else [child.unlink() for child in path.rglob("*.jpg")]
 
-    return dataset_name, change
+    return data_set, change
 
 
-def oversized(make, name, dataset_name):
-    def change(root):
-        with open(make(root) / name, "ab") as file:
-            file.truncate(2**29)
-
-    return dataset_name, change
+def oversized(make, name, data_set):
+    return data_set, lambda root: os.truncate(make(root) / name, 2**29)
 
 
-def write(name, data, dataset_name="cub"):
+def empty(name, data_set):
     def change(root):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data)
+        (root / name).touch()
 
-    return dataset_name, change
+    return data_set, change
 
 
 FIELDS = {name: 1 for name in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "test")}
@@ -203,34 +211,29 @@ TREES = [
     # (data set, how its tree is made)                        the line has
     (("cub", lambda root: None),                              "tried"),
     (("cub", lambda root: make_cub(root, classes=1)),         "at least two classes"),
-    (write("CUB_200_2011/images", b""),                       "images: Not a directory"),
+    (empty("CUB_200_2011/images", "cub"),                     "images: Not a directory"),
     (without(make_cub, "CUB_200_2011/images", "cub"),         "at least two classes"),
     (without(make_sop, f"{SOP}/Ebay_test.txt", "SOP"),        "Ebay_test.txt"),
-    (sop_list(""),                                            "Ebay_train.txt"),
+    (sop_list(""),                                            "SOP train: there are no images"),
     (sop_list("1 1 1\n"),                                     "Ebay_train.txt: each line"),
     (sop_list("1 one 1 a.jpg\n"),                             "Ebay_train.txt: each line"),
-    (sop_list("1 1 1 a b.jpg\n"),                             "Ebay_train.txt: each line"),
     (sop_list(b"\xff\xfe\x00 1 1 x\n"),                       "Ebay_train.txt: each line"),
     (sop_list("1 1 1 ../../etc/passwd\n"),                    "leaves the data set's folder"),
-    (sop_list("1 1 1 /etc/passwd\n"),                         "leaves the data set's folder"),
     (sop_list("1 0 1 a.jpg\n"),                               "Ebay_train.txt: each line"),
-    (sop_list(f"1 {10**22} 1 a.jpg\n", "Ebay_test.txt"),      "Ebay_test.txt: each line"),
-    (sop_list("1 1 1 nowhere.jpg\n"),                         "none of the files"),
-    (sop_list("1 1 1 a\0b.jpg\n"),                            "none of the files"),
-    (sop_list("1 1 1 ../x.jpg\n", "Ebay_test.txt"),           "leaves the data set's folder"),
+    (sop_list("1 1 1 nowhere.jpg\n"),                         "none of the listed files is there"),
+    (sop_list("1 1 1 a\0b.jpg\n"),                            "none of the listed files is there"),
     (sop_list("", header="1 1 1 a.jpg"),                      "the header is missing"),
     (oversized(make_sop, f"{SOP}/Ebay_test.txt", "SOP"),      "larger than 256 MiB"),
     (oversized(make_cars, "cars_annos.mat", "cars"),          "larger than 256 MiB"),
-    (write("cars_annos.mat", b"", "cars"),                    "cars_annos.mat: not a MATLAB file"),
-    (write("cars_annos.mat", b"MATLAB 5.0" * 99, "cars"),     "cars_annos.mat: not a MATLAB file"),
-    (cars_mat(other=1),                                       "cars_annos.mat: not a MATLAB file"),
-    (cars_mat(annotations=np.eye(3)),                         "cars_annos.mat: not a MATLAB file"),
-    (cars_mat(annotations=records({"path": "a.jpg"})),        "cars_annos.mat: not a MATLAB file"),
-    (cars_mat(annotations=records({"path": "../a.jpg", **FIELDS})), "leaves the data set's folder"),
-    (cars_mat(annotations=records({"path": "/a.jpg", **FIELDS})),   "leaves the data set's folder"),
+    (empty("cars_annos.mat", "cars"),                         "cars_annos.mat: not the MATLAB"),
+    (cars_mat(other=1),                                       "cars_annos.mat: not the MATLAB"),
+    (cars_mat(annotations=np.eye(3)),                         "cars_annos.mat: not the MATLAB"),
+    (cars_mat(annotations=record(path="a.jpg")),              "cars_annos.mat: not the MATLAB"),
+    (cars_mat(annotations=record(path="../a.jpg", **FIELDS)), "leaves the data set's folder"),
+    (cars_mat(annotations=record(path="a.jpg", **FIELDS | {"class": 0})), "counted from 1"),
     (without(make_cars_devkit, "devkit/cars_test_annos_withlabels.mat", "cars"),
      "cars_test_annos_withlabels.mat"),
-    (without(make_cars_devkit, "cars_test", "cars"),          "none of the files"),
+    (without(make_cars, "car_ims", "cars"),                   "none of the listed files is there"),
 ]  # fmt: skip
 
 

@@ -2,6 +2,9 @@
 
 import errno
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +12,10 @@ import pytest
 from PIL import Image
 
 import dataset
-from cli import UserError, in_parallel
 from dataset import check
-from tests.conftest import SOP, make_cub, make_sop
+from dataset.loader import in_parallel
+from tests.conftest import ROOT, SOP, fails, make_cub, make_sop
+from utils import UserError
 
 
 def run_check(capsys, name, root):
@@ -30,14 +34,7 @@ def test_check_lists_all_problems_at_once_with_their_paths(tmp_path, capsys):
     torn, empty = images / "001.Bird_0/Bird_0003.jpg", images / "004.Bird_3/Bird_0001.jpg"
     torn.write_bytes(torn.read_bytes()[:500])
     empty.write_bytes(b"")
-    first, second, twin = (
-        images / name
-        for name in (
-            "001.Bird_0/Bird_0000.jpg",
-            "002.Bird_1/Bird_0000.jpg",
-            "003.Bird_2/Bird_0000.jpg",
-        )
-    )
+    first, second, twin = sorted(images.glob("*/Bird_0000.jpg"))[:3]
     for copy in (second, twin):
         copy.write_bytes(first.read_bytes())
     status, lines = run_check(capsys, "cub", tmp_path)
@@ -61,7 +58,9 @@ def test_check_names_images_that_are_not_what_they_say(tmp_path, capsys):
 def test_check_names_files_that_a_list_has_and_the_disk_has_not(tmp_path, capsys):
     missing = make_sop(tmp_path) / SOP / "bicycle_final/2_3.JPG"
     missing.unlink()
-    assert f"{missing}: listed, but not there" in run_check(capsys, "SOP", tmp_path)[1]
+    status, lines = run_check(capsys, "SOP", tmp_path)
+    assert status == 1 and lines.count(f"{missing}: listed, but not there") == 1
+    assert lines[0] == "SOP: looked at 39 images"
 
 
 def test_check_of_a_folder_that_cannot_be_read_is_a_user_error(tmp_path, monkeypatch, capsys):
@@ -75,6 +74,37 @@ def test_check_of_a_folder_that_cannot_be_read_is_a_user_error(tmp_path, monkeyp
         run_check(capsys, "cub", tmp_path)
 
 
-def test_the_death_of_a_process_is_a_user_error():
-    with pytest.raises(UserError, match="cub train: a process died"):
-        in_parallel(os._exit, [1], 1, "cub train")
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_work_in_parallel_keeps_the_order_of_the_items(workers):
+    assert in_parallel(str, range(100), workers, "work") == [str(i) for i in range(100)]
+    assert in_parallel(str, [], workers, "work") == []
+
+
+def test_the_death_of_a_process_is_one_line(capsys):
+    line = fails("", capsys, main=lambda _: in_parallel(os._exit, [1], 1, "cub train"))
+    assert "a process died, perhaps for lack of memory; use fewer --workers" in line
+
+
+def test_worker_processes_do_not_outlive_a_killed_parent():
+    program = (
+        "import os, time; from dataset.loader import in_parallel\n"
+        "def work(_):\n    print(os.getpid(), flush=True); time.sleep(0.01)\n"
+        "in_parallel(work, range(10000), 1, 'work')"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        worker = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        end = time.monotonic() + 20  # PyTorch's workers look for their parent every 5 s
+        while is_running(worker) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert worker != process.pid and not is_running(worker)
+
+
+def is_running(pid):
+    """Not even a zombie, which it stays where nobody is there to reap it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,59 +1,125 @@
-"""Numbers that are not finite are neither applied nor saved."""
+"""What a step that is not finite has left is never saved: the run stops, with one line that says
+which step it was."""
 
+import os
 import shlex
+import shutil
+import signal
+from math import inf, nan
 
 import pytest
-import torch
 
+import dataset.images
 import train
+from losses import DDML
+from storage import read_checkpoint
 from tests.conftest import TINY, fails, make_cub, metrics, run_folder
-from utils import read_checkpoint
+
+TEN_STEPS = TINY + "--batch-size 2 "  # an epoch
 
 
-@pytest.mark.parametrize("flags", ["--lr 1e9 --weight-decay 1e9", "--lr 1e9 --optimizer sgd"])
-def test_an_update_that_overflows_is_not_saved(here, capsys, flags):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = make_cub(tmp_path_factory.mktemp("trained") / "data").parent
+    flags = f"--epochs 1 --data-root {folder}/data --LOG_DIR {folder}/logs"
+    train.main(shlex.split(TEN_STEPS + flags))
+    return folder
+
+
+@pytest.fixture
+def folder(here, trained):
+    """The folder of a run that has finished its first epoch."""
+    shutil.copytree(trained, here, dirs_exist_ok=True)
+    return run_folder(here)
+
+
+def weights(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*.pth")}
+
+
+def spoil(monkeypatch, at, source="loss", factor=nan, then=lambda: None):
+    """Make a number of step `at` not finite; returns the steps made, which grow with the run."""
+    steps, original = [], DDML.forward
+
+    def forward(self, head, *rest):
+        total, terms = original(self, head, *rest)
+        if len(steps) == at:
+            then()
+            if source == "gradient":
+                head.register_hook(lambda gradient: gradient * factor)
+            elif source == "loss":
+                total = total * factor
+            else:
+                terms[source] = terms[source] * factor
+        steps.append(total)
+        return total, terms
+
+    monkeypatch.setattr(DDML, "forward", forward)
+    return steps
+
+
+@pytest.mark.parametrize("factor", [nan, inf])
+@pytest.mark.parametrize("source", ["loss", "split", "gradient"])
+def test_the_line_names_epoch_step_number_and_files(folder, capsys, monkeypatch, source, factor):
+    before, read, original = weights(folder), [], dataset.images.read_image
+    spoil(monkeypatch, 1, source, factor)
+    monkeypatch.setattr(
+        dataset.images, "read_image", lambda path: read.append(path) or original(path)
+    )
+    error = fails(TEN_STEPS + "--resume", capsys)
+    assert f"epoch 1, step 1: the {source} is not finite" in error
+    assert error.endswith(f"Files of the batch: {', '.join(read[2:4])}")
+    assert weights(folder) == before and len(metrics(folder)) == 1
+
+
+@pytest.mark.parametrize("flags, look_every, made", [
+    ("",                     4, 4),   # at the next look at the losses
+    ("",                    50, 10),  # at the end of the epoch
+    ("--checkpoint-every 3", 4, 3),   # before a checkpoint
+])  # fmt: skip
+def test_the_run_stops_at_the_next_look_or_save(
+    folder, capsys, monkeypatch, flags, look_every, made
+):
+    assert train.FETCH_EVERY <= 50
+    before = weights(folder)
+    monkeypatch.setattr(train, "FETCH_EVERY", look_every)
+    steps = spoil(monkeypatch, 1)
+    assert "epoch 1, step 1: the loss" in fails(TEN_STEPS + f"--resume {flags}", capsys)
+    assert len(steps) == made and weights(folder) == before
+
+
+def test_a_signal_does_not_save_it_either(folder, capsys, monkeypatch):
+    before = weights(folder)
+    spoil(monkeypatch, 1, then=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert "epoch 1, step 1: the loss" in fails(TEN_STEPS + "--resume", capsys)
+    assert weights(folder) == before
+
+
+@pytest.mark.parametrize("flags", ["", "--checkpoint-every 10"])
+@pytest.mark.parametrize("what", ["weights", "moments"])
+def test_an_update_that_overflowed_is_not_saved(folder, capsys, monkeypatch, what, flags):
+    """Though every loss and gradient was finite."""
+    before, steps, original = weights(folder), [], train.train_step
+
+    def train_step(model, criterion, optimizer, *rest):
+        values = original(model, criterion, optimizer, *rest)
+        steps.append(values)
+        if len(steps) == 10:
+            proxies = criterion.metric_loss.proxies
+            tensor = proxies.data if what == "weights" else optimizer.state[proxies]["exp_avg"]
+            tensor[0, 0] = inf
+        return values
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    assert "no longer finite; nothing" in fails(TEN_STEPS + f"--resume {flags}", capsys)
+    assert weights(folder) == before and len(metrics(folder)) == 1
+
+
+@pytest.mark.parametrize("flags", ["--weight-decay 1e9", "--optimizer sgd", "--optimizer rmsprop"])
+def test_of_a_run_that_diverges_only_finite_numbers_are_saved(here, capsys, flags):
     make_cub(here / "data")
-    assert "finite" in fails(TINY + flags + " --checkpoint-every 1 --epochs 9", capsys)
-    for path in run_folder(here).glob("*.pth"):
+    flags = TINY + f"--lr 1e9 --checkpoint-every 1 --epochs 9 {flags}"
+    assert "finite" in fails(flags, capsys)
+    for path in weights(run_folder(here)):
         for part in ("model_state_dict", "criterion_state_dict"):
             assert all(t.isfinite().all() for t in read_checkpoint(path)[part].values()), path
-
-
-@pytest.mark.parametrize("where", ["specific", "gradient"])
-def test_a_number_that_is_not_finite_is_neither_applied_nor_saved(here, capsys, monkeypatch, where):
-    make_cub(here / "data")
-    train.main(shlex.split(TINY + "--epochs 1"))
-    folder = run_folder(here)
-    before = (folder / "cub_bn_inception_last.pth").read_bytes()
-    original = train.DDML.forward
-
-    def forward(self, head, head_specific, *rest):
-        total, terms = original(self, head, head_specific, *rest)
-        if where == "gradient":
-            head.register_hook(lambda gradient: gradient * float("inf"))
-            return total, terms
-        return total * float("nan"), terms | {where: terms[where] * float("nan")}
-
-    monkeypatch.setattr(train.DDML, "forward", forward)
-    error = fails(TINY + "--resume", capsys)
-    assert "epoch 1, step 0: the " in error and error.count(".jpg") == 8
-    assert ("gradient" if where == "gradient" else "loss") in error
-    assert (folder / "cub_bn_inception_last.pth").read_bytes() == before
-    assert len(metrics(folder)) == 1
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_gradient_that_is_not_finite_does_not_move_a_weight(bad):
-    args = train.build_parser().parse_args(shlex.split(TINY + "--optimizer sgd --weight-decay 0"))
-    model = train.create_model("bn_inception", 8, disent=True)
-    criterion = train.build_criterion(args, 2)
-    optimizer, _ = train.build_optimizer(args, model, criterion)
-    train.prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
-    before = [p.clone() for p in (*model.parameters(), *criterion.parameters())]
-    model.model.embedding.bias.register_hook(lambda gradient: gradient * bad)
-    values = train.train_step(
-        model, criterion, optimizer, torch.randn(4, 3, 32, 32), torch.arange(4) % 2
-    )
-    assert values["loss"].isfinite() and not values["gradient"].isfinite()
-    after = [*model.parameters(), *criterion.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(before, after))

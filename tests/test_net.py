@@ -4,11 +4,18 @@ import hashlib
 
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
 from benchmarks.network import Plain
-from cli import UserError
-from net import create_model, l2_normalize, place, weights
+from dataset.augment import to_pixels
+from losses import DDML, ProxyAnchor
+from net import backbones, create_model, l2_normalize, load_model
 from net.bn_inception import BNInception
+from recipe import prepare_epoch
+from storage import write_checkpoint
+from tests.conftest import published_checkpoint
+from utils import UserError
 
 D = 8
 IMAGES = torch.linspace(-100, 100, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
@@ -59,14 +66,6 @@ def test_without_l2_norm_the_specific_head_reads_the_same_vector(disent):
 def test_rows_of_any_precision_are_normalised_without_overflow(dtype, value, norm):
     x = l2_normalize(torch.full((1, 1024), value, dtype=dtype))
     assert x.dtype == dtype and x.float().norm().item() == pytest.approx(norm, rel=1e-2)
-
-
-def test_a_placed_network_computes_the_same(disent):
-    placed = create_model("bn_inception", D, disent=True).eval()
-    placed.load_state_dict(disent.state_dict())
-    placed = place(placed, torch.device("cpu"))
-    assert placed.model.conv2_3x3.weight.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(placed.embed(IMAGES), disent.embed(IMAGES), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
@@ -170,10 +169,11 @@ def test_checkpoint_with_a_wrong_key_is_refused_by_name(tmp_path, disent, change
         create_model("bn_inception", D, disent=True, weights=str(path))
 
 
-def test_download_names_cache_and_host_and_the_way_out(tmp_path):
+@pytest.mark.parametrize("name", ["bn_inception", "googlenet", "resnet18"])
+def test_download_names_cache_and_host_and_the_way_out(tmp_path, name):
     with pytest.raises(UserError) as error:
-        create_model("bn_inception", D, weights="imagenet")
-    for part in (str(tmp_path / "hub"), weights.IMAGENET_URL, "--weights PATH", "--weights none"):
+        create_model(name, D, weights="imagenet")
+    for part in (str(tmp_path / "hub"), "http", "--weights PATH", "--weights none"):
         assert part in str(error.value)
 
 
@@ -190,6 +190,124 @@ def test_download_is_checked_against_the_whole_sha256(monkeypatch, imagenet):
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     with pytest.raises(UserError, match=f"damaged.*{digest}"):
         create_model("bn_inception", D, weights="imagenet")
-    monkeypatch.setattr(weights, "IMAGENET_SHA256", digest)
-    create_model("bn_inception", D, weights="imagenet")
     assert asked == ["52deb473314542a5c2f87e9e6f26f4ca42fe863d15f986414dbae8c2dfdd2353"]
+    original = backbones.download
+    monkeypatch.setattr(backbones, "download", lambda url, _: original(url, digest))
+    create_model("bn_inception", D, weights="imagenet")
+
+
+# --- what every backbone has --------------------------------------------------------------------
+
+BACKBONES = ["bn_inception", "googlenet", "resnet18", "timm/vit_tiny_patch16_224",
+             "timm/swin_tiny_patch4_window7_224", "timm/mobilenetv3_small_050"]  # fmt: skip
+PIXELS = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_takes_pixels_to_heads_and_normalised_embeddings(name):
+    torch.manual_seed(0)
+    model = create_model(name, D, disent=True).eval()
+    images = model.prepare(PIXELS)
+    assert images.shape == (2, 3, 64, 64)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    head, head_specific = model(images)
+    assert head.shape == head_specific.shape == (2, 2 * D)
+    assert model.embed(images).norm(dim=1).tolist() == pytest.approx([1, 1], rel=1e-4)
+    assert model.pool(images).shape == (2, model.num_features(64))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/vit_tiny_patch16_224"])
+def test_a_file_of_the_backbone_alone_loads_by_name_and_leaves_the_heads(tmp_path, name):
+    model = create_model(name, D)
+    state = dict(backbones.create_backbone(name).network.state_dict())
+    for prefix in model.backbone.unused:
+        state[f"{prefix}.weight"] = torch.zeros(1)  # the classifier, which timm's file has
+    torch.save(state, tmp_path / "file.pth")
+    loaded = create_model(name, D, weights=str(tmp_path / "file.pth")).state_dict()
+    assert all(torch.equal(loaded[f"model.{key}"], state[key])
+               for key in state if f"model.{key}" in loaded)  # fmt: skip
+    del state[next(iter(state))]
+    torch.save(state, tmp_path / "file.pth")
+    with pytest.raises(UserError, match="missing model"):
+        create_model(name, D, weights=str(tmp_path / "file.pth"))
+
+
+def test_pooling_is_average_plus_maximum_of_maps_and_a_transformers_own_of_tokens():
+    resnet = create_model("resnet18", D).eval()
+    x = resnet.prepare(PIXELS)
+    net = resnet.model
+    layers = net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2, net.layer3
+    maps = net.layer4(nn.Sequential(*layers)(x))
+    expected = maps.mean(dim=(2, 3)) + maps.amax(dim=(2, 3))
+    torch.testing.assert_close(resnet.pool(x), expected)
+    vit = create_model("timm/vit_tiny_patch16_224", D).eval()
+    tokens = vit.model.forward_features(vit.prepare(PIXELS))
+    torch.testing.assert_close(vit.pool(vit.prepare(PIXELS)), tokens[:, 0])
+
+
+@pytest.mark.parametrize("name, order, mean, std", [
+    ("bn_inception", (2, 1, 0), (104, 117, 128), (1, 1, 1)),
+    ("resnet18", (0, 1, 2), (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    ("googlenet", (0, 1, 2), (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
+    ("timm/vit_tiny_patch16_224", (0, 1, 2), (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
+])  # fmt: skip
+def test_prepare_knows_order_mean_and_scale_of_the_network(name, order, mean, std):
+    pixels = to_pixels(Image.new("RGB", (64, 64), (10, 20, 30)))
+    images = create_model(name, D).prepare(pixels[None])
+    rgb = (10, 20, 30)
+    expected = [(rgb[c] - m) / s for c, m, s in zip(order, mean, std)]
+    assert images[0, :, 5, 5].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_interpolation_is_the_networks():
+    assert create_model("bn_inception", D).interpolation == "bilinear"
+    assert create_model("timm/vit_tiny_patch16_224", D).interpolation == "bicubic"
+
+
+class OneOfEach(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.one, self.two, self.three = nn.BatchNorm1d(4), nn.BatchNorm2d(4), nn.BatchNorm3d(4)
+        self.synchronised, self.layer = nn.SyncBatchNorm(4), nn.LayerNorm(4)
+
+
+def test_bn_freeze_holds_every_batchnorm_and_leaves_layernorm_alone(monkeypatch):
+    row = backbones.Backbone(OneOfEach(), lambda net, x: net.conv(x).mean(dim=(2, 3)))
+    monkeypatch.setitem(backbones.BACKBONES, "each", lambda: row)
+    model = create_model("each", D)
+    prepare_epoch(model, epoch=0, warm=0, bn_freeze=True)
+    for name in ("one", "two", "three", "synchronised"):
+        module = getattr(model.model, name)
+        assert not module.training and not module.weight.requires_grad
+    assert model.model.layer.training and model.model.layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("name, disent", [("resnet18", False), ("timm/vit_tiny_patch16_224", True)])
+def test_load_model_rebuilds_a_checkpoint_of_ours(tmp_path, name, disent):
+    model = create_model(name, D, disent).eval()
+    flags = {"model": name, "embedding_size": D, "l2_norm": True, "disent": disent}
+    write_checkpoint(tmp_path / "a.pth", {"model_state_dict": model.state_dict(), "args": flags})
+    loaded = load_model(tmp_path / "a.pth")
+    assert loaded.name == name and not loaded.training
+    assert torch.equal(loaded.embed(loaded.prepare(PIXELS)), model.embed(model.prepare(PIXELS)))
+
+
+def test_load_model_rebuilds_a_published_checkpoint(tmp_path):
+    loaded = load_model(published_checkpoint(tmp_path / "published.pth"))
+    assert (loaded.name, loaded.embedding_size, loaded.disent) == ("bn_inception", 512, True)
+
+
+def test_a_training_step_under_bfloat16_autocast_is_near_float32_and_finite():
+    torch.manual_seed(0)
+    model = create_model("bn_inception", D, disent=True)
+    prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
+    criterion = DDML(ProxyAnchor(2, D), 1.0, 0.1, 1e-5)
+    labels, noise = torch.arange(2), torch.randn(2, 2, D)
+    expected, _ = criterion(*model(IMAGES), labels, noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = criterion(*model(IMAGES), labels, noise)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    gradients = [p.grad for n, p in model.named_parameters() if "last_linear" not in n]
+    assert all(g is not None and g.isfinite().all() for g in gradients)

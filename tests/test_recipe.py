@@ -6,21 +6,33 @@ import pytest
 import torch
 
 import train
+from losses import LOSSES
 from net import create_model
+from recipe import (
+    Training,
+    build_criterion,
+    build_optimizer,
+    loss_noise,
+    parameter_groups,
+    prepare_epoch,
+    settle_loss,
+    train_step,
+)
 from tests.conftest import TINY, make_cub, metrics, run_folder
 
 
 def recipe(flags=""):
     args = train.build_parser().parse_args(shlex.split(TINY + flags))
-    model = create_model("bn_inception", 8, disent=args.disent)
-    criterion = train.build_criterion(args, 2)
+    settle_loss(args)
+    model = create_model("toy", 8, disent=args.disent)
+    criterion = build_criterion(args, 2)
     return args, model, criterion
 
 
 @pytest.mark.parametrize("disent", ["True", "False"])
 def test_parameter_groups_are_ordered_disjoint_and_complete(disent):
     args, model, criterion = recipe(f"--disent {disent} --lr 0.01")
-    groups = train.parameter_groups(model, criterion, args.lr)
+    groups = parameter_groups(model, criterion, args.lr, 100)
     assert [group["lr"] for group in groups] == [0.01, 0.01, 1.0]
     listed = [p for group in groups for p in group["params"]]
     assert len(listed) == len(set(listed))
@@ -39,7 +51,7 @@ def test_parameter_groups_are_ordered_disjoint_and_complete(disent):
 ])  # fmt: skip
 def test_optimizers_have_the_published_settings(optimizer, kind, settings):
     args, model, criterion = recipe(f"--optimizer {optimizer} --weight-decay 0.5")
-    built, _ = train.build_optimizer(args, model, criterion)
+    built, _ = build_optimizer(args, model, criterion)
     assert type(built) is kind
     for group in built.param_groups:
         assert {name: group[name] for name in settings} == settings and group["weight_decay"] == 0.5
@@ -51,40 +63,40 @@ def trainable(model):
 
 def test_warm_up_trains_heads_alone_and_then_everything_even_frozen_batchnorm():
     _, model, _ = recipe()
-    train.prepare_epoch(model, epoch=0, warm=1, bn_freeze=True)
+    prepare_epoch(model, epoch=0, warm=1, bn_freeze=True)
     assert trainable(model) == {name for name, _ in model.named_parameters() if "embedding" in name}
-    train.prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
+    prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
     assert trainable(model) == {name for name, _ in model.named_parameters()}
 
 
 def test_without_warm_up_frozen_batchnorm_keeps_its_weights_too():
     _, model, _ = recipe()
-    train.prepare_epoch(model, epoch=3, warm=0, bn_freeze=True)
-    frozen = {name for name, _ in model.named_parameters() if "_bn." in name}
+    prepare_epoch(model, epoch=3, warm=0, bn_freeze=True)
+    frozen = {name for name, _ in model.named_parameters() if ".bn." in name}
     assert trainable(model) == {name for name, _ in model.named_parameters()} - frozen
 
 
 @pytest.mark.parametrize("bn_freeze", [True, False])
 def test_running_statistics_move_only_when_not_frozen(bn_freeze):
     args, model, criterion = recipe()
-    optimizer, _ = train.build_optimizer(args, model, criterion)
-    before = model.model.conv1_7x7_s2_bn.running_mean.clone()
+    optimizer, _ = build_optimizer(args, model, criterion)
+    before = model.model.bn.running_mean.clone()
     model.eval()
-    train.prepare_epoch(model, epoch=1, warm=1, bn_freeze=bn_freeze)
-    train.train_step(model, criterion, optimizer, torch.randn(4, 3, 32, 32), torch.arange(4) % 2)
-    assert torch.equal(before, model.model.conv1_7x7_s2_bn.running_mean) == bn_freeze
+    prepare_epoch(model, epoch=1, warm=1, bn_freeze=bn_freeze)
+    train_step(model, criterion, optimizer, torch.randn(4, 3, 32, 32), torch.arange(4) % 2)
+    assert torch.equal(before, model.model.bn.running_mean) == bn_freeze
 
 
 def test_gradients_are_clipped_by_value_on_network_and_proxies(monkeypatch):
     args, model, criterion = recipe("--optimizer sgd")
-    optimizer, _ = train.build_optimizer(args, model, criterion)
+    optimizer, _ = build_optimizer(args, model, criterion)
     seen = []
     monkeypatch.setattr(optimizer, "step", lambda: seen.extend(
         p.grad.abs().max().item() for g in optimizer.param_groups for p in g["params"]
         if p.grad is not None))  # fmt: skip
     criterion.metric_loss.alpha = 1e6
-    train.prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
-    train.train_step(model, criterion, optimizer, torch.randn(4, 3, 32, 32), torch.arange(4) % 2)
+    prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
+    train_step(model, criterion, optimizer, torch.randn(4, 3, 32, 32), torch.arange(4) % 2)
     assert max(seen) == 10
 
 
@@ -96,11 +108,11 @@ def test_main_wires_the_recipe_into_every_step(here, monkeypatch, flags):
     original = train.train_step
 
     def spy(model, criterion, optimizer, images, labels, noise):
-        before = model.model.conv1_7x7_s2.weight.detach().clone()
+        before = model.model.conv.weight.detach().clone()
         values = original(model, criterion, optimizer, images, labels, noise)
         steps.append({
             "lr": [group["lr"] for group in optimizer.param_groups],
-            "moved": not torch.equal(before, model.model.conv1_7x7_s2.weight),
+            "moved": not torch.equal(before, model.model.conv.weight),
             "images": images, "labels": labels, "noise": noise, "loss": values["loss"].item(),
             "loss flags": (criterion.metric_loss.margin, criterion.metric_loss.alpha,
                            criterion.al, criterion.be, criterion.gam, model.l2_norm),
@@ -134,12 +146,39 @@ def test_main_wires_the_recipe_into_every_step(here, monkeypatch, flags):
 
 
 def test_weights_differ_between_seeds():
-    first, second = (
-        train.Training(train.build_parser().parse_args(["--seed", seed]), 2, torch.device("cpu"),
-                       None) for seed in "12"
-    )  # fmt: skip
-    assert not torch.equal(first.model.model.embedding.weight, second.model.model.embedding.weight)
-    assert not torch.equal(first.criterion.proxies, second.criterion.proxies)
+    first, second = (Training(recipe(f"--seed {seed}")[0], 2, torch.device("cpu"), None)
+                     for seed in "12")  # fmt: skip
+    for module in ("model", "criterion"):
+        a, b = (list(getattr(side, module).parameters())[-1] for side in (first, second))
+        assert a.shape == b.shape
+    first, second = first.criterion.metric_loss.proxies, second.criterion.metric_loss.proxies
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("flags, alpha, mrg, factor", [
+    ("",                                   32,   0.1,   100),
+    ("--loss Proxy_NCA",                   32,   None,  1),
+    ("--loss SoftTriple",                  20,   0.01,  100),
+    ("--loss ArcFace --mrg 20",            64,   20,    100),
+    ("--loss Triplet --disent False",      None, 0.1,   None),
+    ("--loss CosFace --proxy-lr-factor 3", 64,   0.35,  3),
+])  # fmt: skip
+def test_a_loss_gives_its_own_values_to_the_flags_that_are_left_to_it(flags, alpha, mrg, factor):
+    args, model, criterion = recipe(flags)
+    assert (args.alpha, args.mrg, args.proxy_lr_factor) == (alpha, mrg, factor)
+    optimizer, _ = build_optimizer(args, model, criterion)
+    assert optimizer.param_groups[2]["lr"] == pytest.approx((factor or 0) * args.lr)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_trains_in_a_step_of_the_recipe(loss):
+    args, model, criterion = recipe(f"--loss {loss} --disent False --IPC 2")
+    optimizer, _ = build_optimizer(args, model, criterion)
+    before = [p.clone() for p in criterion.parameters()]
+    prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
+    values = train_step(model, criterion, optimizer, torch.randn(4, 3, 32, 32), torch.arange(4) % 2)
+    assert values["loss"].isfinite() and values["gradient"] > 0
+    assert not any(torch.equal(p, old) for p, old in zip(criterion.parameters(), before))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -150,14 +189,14 @@ def test_a_step_on_cuda_equals_the_step_on_the_cpu_and_never_synchronises():
         torch.manual_seed(0)
         args, model, criterion = recipe()
         model.to(device), criterion.to(device)
-        optimizer, _ = train.build_optimizer(args, model, criterion)
-        train.prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
+        optimizer, _ = build_optimizer(args, model, criterion)
+        prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
         inputs = images.to(device), labels.to(device)
-        train.train_step(model, criterion, optimizer, *inputs, torch.zeros(2, 4, 8, device=device))
+        train_step(model, criterion, optimizer, *inputs, torch.zeros(2, 4, 8, device=device))
         try:
             torch.cuda.set_sync_debug_mode("error")
-            noise = train.loss_noise(1, 0, 0, (4, 8), device)
-            values = train.train_step(model, criterion, optimizer, *inputs, noise)
+            noise = loss_noise(1, 0, 0, (4, 8), device)
+            values = train_step(model, criterion, optimizer, *inputs, noise)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         losses.append(values["loss"].item())

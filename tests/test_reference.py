@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-import train
-from losses import DDML, ProxyAnchor, softplus
-from net import create_model, l2_normalize
+import recipe
+from losses import DDML, ProxyAnchor, l2_normalize, standard_deviation
+from net import create_model
 from tests.reference.fill import fill_state_dict
 
 HERE = Path(__file__).parent / "reference"
@@ -112,7 +112,7 @@ def compare_loss_case(reference, case, dtype, rtol, atol):
 
 def logits(head, noise, proxies):
     mu, s = head.chunk(2, dim=1)
-    z = mu + softplus(s - 5)[0] * noise
+    z = mu + standard_deviation(s)[0] * noise
     return 23 * l2_normalize(z) @ l2_normalize(proxies).T
 
 
@@ -153,31 +153,31 @@ def compare_network_case(reference, case, model, dtype, salt):
 
 
 def compare_trajectory(reference):
-    """A whole run, through the functions that train.py itself trains with."""
+    """A whole run, through the functions that train.py trains with."""
     number = reference.number
     al, be, gam = reference.read("al_be_gam").tolist()
     args = SimpleNamespace(
         **{name: number(name) for name in ("lr", "weight_decay", "lr_decay_step", "lr_decay_gamma",
                                            "embedding_size", "warm", "bn_freeze")},
-        optimizer="adamw", loss="Proxy_Anchor", disent=True, mrg=0.1, alpha=32,
+        optimizer="adamw", loss="Proxy_Anchor", disent=True, mrg=0.1, alpha=32, proxy_lr_factor=100,
         al=al, be=be, gam=gam,
     )  # fmt: skip
     model = create_model("bn_inception", args.embedding_size, disent=True)
     model.load_state_dict(fill_state_dict(model.state_dict(), number("salt")))
     model.double()
-    criterion = train.build_criterion(args, number("num_classes")).double()
+    criterion = recipe.build_criterion(args, number("num_classes")).double()
     criterion.metric_loss.proxies.data.copy_(reference.read("proxies"))
-    optimizer, scheduler = train.build_optimizer(args, model, criterion)
+    optimizer, scheduler = recipe.build_optimizer(args, model, criterion)
 
     images, labels = reference.read("images") - 116, reference.read("labels", None)
     noise = list(zip(reference.read("noise_agnostic"), reference.read("noise_specific")))
     steps_per_epoch = number("steps_per_epoch")
     steps = []
     for epoch in range(number("epochs")):
-        train.prepare_epoch(model, epoch, args.warm, args.bn_freeze)
+        recipe.prepare_epoch(model, epoch, args.warm, args.bn_freeze)
         for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
             steps.append(
-                train.train_step(
+                recipe.train_step(
                     model, criterion, optimizer, images[step], labels[step], noise[step]
                 )
             )

@@ -1,7 +1,6 @@
 """Nothing is lost: torn saves, full disks, signals, kills."""
 
 import errno
-import inspect
 import json
 import os
 import shlex
@@ -16,12 +15,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import evaluate
 import train
-from cli import Interrupted, UserError
-from runs import RunFolder
+from runs import folder as run_folders
+from runs.folder import RunFolder
+from storage import COMMENT_LENGTH, read_checkpoint, write_checkpoint
 from tests import kill
-from tests.conftest import ROOT, TINY, fails, make_cub, metrics, run_folder
-from utils import read_checkpoint, write_checkpoint
+from tests.conftest import ROOT, TINY, checkpoint_of, fails, make_cub, metrics, run_folder
+from utils import Interrupted, UserError
 
 
 def small_checkpoint(epoch, r1):
@@ -150,7 +151,7 @@ def test_a_run_is_not_continued_with_other_images(here, capsys):
 def test_a_truncated_checkpoint_is_found_at_any_length(saved):
     folder, _ = saved
     data = folder.last.read_bytes()
-    for length in range(0, len(data), 97):
+    for length in range(0, len(data) - COMMENT_LENGTH, 97):  # all but its own SHA-256
         folder.last.write_bytes(data[:length])
         with pytest.raises(UserError):
             read_checkpoint(folder.last)
@@ -165,10 +166,10 @@ def test_a_checkpoint_is_an_ordinary_torch_file(tmp_path):
 
 
 def start(here, flags, stdout=subprocess.PIPE):
-    command = [sys.executable, str(ROOT / "train.py"), *shlex.split(TINY + flags)]
+    command = [sys.executable, "-m", "tests.toy", *shlex.split(TINY + flags)]
     return subprocess.Popen(
-        command, cwd=here, stdout=stdout, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        command, cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=stdout,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
@@ -179,26 +180,7 @@ def test_a_full_disk_under_the_output_is_one_line(here):
     _, errors = process.communicate(timeout=60)
     errors = [line for line in errors.splitlines() if not line.startswith("warning: ")]
     assert process.returncode == 2
-    assert errors == ["train.py: error: the output, or a process: No space left on device"]
-
-
-def test_worker_processes_do_not_outlive_a_killed_parent(tmp_path):
-    program = (
-        "import os, time; from cli import in_parallel\n"
-        "def work(_):\n    print(os.getpid(), flush=True); time.sleep(60)\n"
-        "in_parallel(work, range(2), 1, 'work')"
-    )
-    command = [sys.executable, "-c", program]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    worker = int(process.stdout.readline())
-    process.kill()
-    process.wait()
-    end = time.monotonic() + 10
-    while Path(f"/proc/{worker}/stat").exists() and time.monotonic() < end:
-        if Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-            break
-        time.sleep(0.05)
-    assert time.monotonic() < end
+    assert errors == ["train.py: error: the output: No space left on device"]
 
 
 def wait_for(condition, process, seconds=120):
@@ -212,56 +194,58 @@ def wait_for(condition, process, seconds=120):
 def test_a_signal_saves_at_a_step_and_the_run_continues_to_the_same_bits(here, number, status):
     make_cub(here / "data", classes=12)
     flags = "--workers 2 --bn-freeze 0 "
-    process = start(here, flags)
+    process = start(here, flags + "--epochs 1000000")
     wait_for(lambda: list(here.glob("logs/*/*/*_last.pth")), process)
     time.sleep(0.3)
-    os.killpg(process.pid, number)  # as a terminal does: to the workers as well
+    os.killpg(process.pid, number)  # as a terminal does
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     last = errors.splitlines()[-1]
     assert last.startswith(f"train.py: {number.name}: continue with: python train.py --resume logs")
     assert "Traceback" not in errors
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)  # no worker is left
-
-    train.main([*shlex.split(last.split("train.py ")[-1]), "--workers", "0"])
-    train.main(shlex.split(TINY + flags + "--workers 0 --LOG_DIR whole"))
+    epochs = f" --workers 0 --epochs {len(metrics(run_folder(here))) + 2} "
+    train.main(shlex.split(last.split("train.py ")[-1] + epochs))
+    train.main(shlex.split(TINY + flags + epochs + "--LOG_DIR whole"))
     kill.assert_same_run(run_folder(here), next(here.glob("whole/*/*")))
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_during_the_imports_ends_in_one_line(here, number, status):
-    process = start(here, "")
-    wait_for(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (status, f"train.py: {number.name}: stopped\n")
-
-
-@pytest.mark.parametrize("line", ["with stop.deferred():", "finish(recalls", "return training"])
-def test_a_signal_after_the_evaluation_of_an_epoch_loses_nothing_of_it(here, line):
+@pytest.mark.parametrize("where", ["embed", "recall_at_k", "save_epoch"])
+def test_a_signal_while_an_epoch_is_evaluated_and_saved_loses_nothing_of_it(
+    here, monkeypatch, where
+):
     make_cub(here / "data")
     train.main(shlex.split(TINY + "--LOG_DIR whole"))
-    lines, first = inspect.getsourcelines(train.run_epoch)
-    at = first + max(i for i, text in enumerate(lines) if line in text)
+    owner = RunFolder if where == "save_epoch" else evaluate
+    original = getattr(owner, where)
 
-    def trace(frame, event, arg):
-        if frame.f_code is train.run_epoch.__code__ and event == "line" and frame.f_lineno == at:
-            sys.settrace(None)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return trace if frame.f_code is train.run_epoch.__code__ else None
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
 
-    sys.settrace(trace)
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, interrupted)
         with pytest.raises(Interrupted) as stop:
             train.main(shlex.split(TINY))
-    finally:
-        sys.settrace(None)
     assert "continue with: python train.py --resume" in stop.value.note
-    saved = read_checkpoint(run_folder(here) / "cub_bn_inception_last.pth")
+    del stop  # and with it the frames that hold the run's lock
+    saved = read_checkpoint(checkpoint_of(run_folder(here)))
     assert len(saved["history"]) == 1 or saved["partial"]["step"] == 2
     train.main(shlex.split(TINY + "--resume"))
     kill.assert_same_run(run_folder(here), next(here.glob("whole/*/*")))
+
+
+def test_a_second_signal_ends_at_once(here):
+    make_cub(here / "data")
+    program = (
+        "import os, signal, sys, train\nfrom tests import toy\n"
+        "def twice(*args):\n    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "train.train_step = twice\ntrain.main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *shlex.split(TINY)], cwd=here, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 128 + signal.SIGTERM
 
 
 def test_a_run_continued_by_other_means_says_that_its_bits_may_differ(here, capsys):
@@ -273,7 +257,8 @@ def test_a_run_continued_by_other_means_says_that_its_bits_may_differ(here, caps
     assert "started with threads 99 and continues with 2" in capsys.readouterr().err
 
 
-def test_a_second_process_on_the_same_run_folder_is_refused(here, capsys):
+def test_a_second_process_on_the_same_run_folder_is_refused(here, capsys, monkeypatch):
+    monkeypatch.setattr(run_folders, "LOCK_SECONDS", 0)
     make_cub(here / "data")
     process = start(here, "--epochs 500")
     try:
@@ -287,7 +272,7 @@ def test_a_second_process_on_the_same_run_folder_is_refused(here, capsys):
 
 def test_killed_runs_continue_to_the_same_bits(here):
     """The short version of `python -m tests.kill`."""
-    tally = kill.kill_at_random(here, kills=2, seed=0, epochs=1)
+    tally = kill.kill_at_random(here, kills=2, seed=0, epochs=9, model="--model toy")
     assert tally["killed"] == 2 and tally["identical"] >= 1
 
 
@@ -320,12 +305,12 @@ def test_a_run_interrupted_in_mid_epoch_continues_to_the_same_bits(here, monkeyp
 def test_an_overwritten_run_is_kept_until_the_new_one_has_saved_something(here, capsys):
     make_cub(here / "data")
     train.main(shlex.split(TINY + "--epochs 1"))
-    old = (run_folder(here) / "cub_bn_inception_last.pth").read_bytes()
+    old = (checkpoint_of(run_folder(here))).read_bytes()
     images = {path: path.read_bytes() for path in (here / "data").rglob("Bird_*.jpg")}
     for path in images:
         path.write_bytes(b"")
     assert "not an image" in fails(TINY + "--overwrite", capsys)
-    kept = run_folder(here) / "cub_bn_inception_last.pth.replaced"
+    kept = run_folder(here) / "cub_toy_last.pth.replaced"
     assert kept.read_bytes() == old
     aside = {path: path.read_bytes() for path in run_folder(here).glob("*.replaced")}
     assert "not an image" in fails(TINY, capsys)
@@ -350,7 +335,7 @@ def test_files_of_the_users_beside_a_resumed_checkpoint_are_left_alone(here, cap
     make_cub(here / "data")
     train.main(shlex.split(TINY + "--epochs 1"))
     (here / "papers").mkdir()
-    last = (run_folder(here) / "cub_bn_inception_last.pth").rename(here / "papers/model.pth")
+    last = (checkpoint_of(run_folder(here))).rename(here / "papers/model.pth")
     for name in (".notes.tmp", "thesis.replaced"):
         (here / "papers" / name).write_text("mine")
     train.main(shlex.split(TINY + f"--epochs 2 --resume {last}"))

@@ -9,8 +9,8 @@ from urllib.parse import urlparse
 
 import pytest
 
-import tracking
 import train
+from runs import tracking
 from tests.conftest import ROOT, TINY, fails, make_cub, metrics, run_folder
 
 
@@ -58,7 +58,9 @@ def test_an_offline_wandb_run_holds_the_project_every_flag_and_every_epochs_numb
 
 def test_wandb_disabled_imports_nothing(tmp_path):
     make_cub(tmp_path / "data")
-    script = "import sys, train\ntrain.main(sys.argv[1:])\nassert 'wandb' not in sys.modules"
+    script = (
+        "import sys, train, tests.toy\ntrain.main(sys.argv[1:])\nassert 'wandb' not in sys.modules"
+    )
     command = [sys.executable, "-c", script, *shlex.split(TINY + "--epochs 1")]
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()

@@ -5,7 +5,7 @@ import netrc
 import os
 from urllib.parse import urlparse
 
-from cli import UserError, warn
+from utils import UserError, warn
 
 WANDB_MODES = {"online": "online", "offline": "offline", "disabled": "disabled",
                "run": "online", "dryrun": "offline"}  # fmt: skip

@@ -1,0 +1,66 @@
+"""Which images are in which batch: a function of (seed, epoch) alone."""
+
+from collections import Counter
+
+import torch
+from torch.utils.data import Sampler
+
+from utils import generator
+
+ORDER = 0  # its stream of random numbers, beside the augmentation's and the loss's
+
+
+class EpochBatches(Sampler):
+    """Batches of keys (epoch, index, occurrence) for the epoch last given to `set_epoch`; an image
+    drawn again in an epoch is another occurrence.
+
+    A random permutation with the last incomplete batch dropped; with `images_per_class` n, each
+    batch instead holds n images, drawn with replacement, of each of batch_size / n classes.
+    """
+
+    def __init__(self, images, batch_size, seed, images_per_class=None):
+        self.batch_size, self.seed = batch_size, seed
+        self.epoch = self.first_step = 0
+        self.paths, self.images_per_class = images.paths, images_per_class
+        if images_per_class:
+            self.members = [
+                torch.nonzero(images.labels == c).flatten() for c in range(len(images.classes))
+            ]
+
+    def set_epoch(self, epoch, first_step=0):
+        """What to iterate over next: an epoch, or the rest of one from `first_step` on."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def __len__(self):
+        """Steps of a whole epoch."""
+        return len(self.paths) // self.batch_size
+
+    def __iter__(self):
+        order = self.balanced_order() if self.images_per_class else self.shuffled_order()
+        seen = Counter()
+        keys = []
+        for index in order[: len(self) * self.batch_size]:
+            keys.append((self.epoch, index, seen[index]))
+            seen[index] += 1
+        for step in range(self.first_step, len(self)):
+            yield keys[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def files(self, epoch, step):
+        """Paths of the images of one batch."""
+        self.set_epoch(epoch, step)
+        return [self.paths[index] for _, index, _ in next(iter(self))]
+
+    def shuffled_order(self):
+        return torch.randperm(
+            len(self.paths), generator=generator(self.seed, ORDER, self.epoch)
+        ).tolist()
+
+    def balanced_order(self):
+        rng = generator(self.seed, ORDER, self.epoch)
+        order = []
+        for _ in range(len(self)):
+            classes = torch.randperm(len(self.members), generator=rng)
+            for c in classes[: self.batch_size // self.images_per_class].tolist():
+                drawn = torch.randint(len(self.members[c]), (self.images_per_class,), generator=rng)
+                order += self.members[c][drawn].tolist()
+        return order

@@ -1,0 +1,118 @@
+"""Recall@K, exact."""
+
+import math
+
+import torch
+
+from utils import plural, warn
+
+
+@torch.no_grad()
+def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_size=1024):
+    """{k: fraction of the queries with an image of their class among their k nearest}.
+
+    embeddings [N, d], L2-normalised, so that their dot product is the cosine; labels [N]; the
+    gallery [M, d], [M] likewise, by default the queries themselves, each of them excluded from
+    its own results by index. Exact: a similarity that float32 cannot tell from the best match's
+    is computed again in float64, and one that is equal there counts as ahead of it. A query
+    without a match counts as a miss and is reported. Similarities exist in tiles of chunk_size^2.
+    """
+    itself = gallery is None
+    if not embeddings.isfinite().all() or not itself and not gallery.isfinite().all():
+        raise ValueError("recall_at_k: the embeddings are not all finite")
+    query = _sorted_by_label(embeddings, labels)
+    gallery = query if itself else _sorted_by_label(gallery, gallery_labels)
+    longest = [
+        torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).max() for x, _ in (query, gallery)
+    ]
+    # times the precision, more than a dot product's rounding comes to
+    slack = 8 * math.sqrt(embeddings.shape[1]) * longest[0] * longest[1]
+
+    best = _best_match(query, gallery, itself, chunk_size)
+    least, most = _count_ahead(query, gallery, itself, best, slack * 2**-24, chunk_size)
+    close = torch.stack([(least < k) & (k <= most) for k in ks]).any(dim=0) & best.isfinite()
+    for rows in close.nonzero().flatten().split(128):
+        most[rows] = _count_exactly(query, gallery, itself, rows, slack * 2**-53)
+
+    unmatched = int(best.isinf().sum())
+    if unmatched:
+        warn(f"{unmatched:,} of {plural(len(best), 'query')} have no match and count as misses")
+    return {k: ((most < k) & best.isfinite()).sum().item() / len(best) for k in ks}
+
+
+def _sorted_by_label(x, labels):
+    """(x, labels) with the images of a class side by side, so that matches are in few tiles."""
+    order = labels.argsort()
+    return x[order], labels[order]
+
+
+def _columns(labels, gallery_labels):
+    """The range of the sorted gallery that holds the matches of sorted queries."""
+    start = torch.searchsorted(gallery_labels, labels[:1])
+    return int(start), int(torch.searchsorted(gallery_labels, labels[-1:], right=True))
+
+
+def _tile(query, gallery, itself, rows, columns):
+    """Similarities of some rows to some columns, and which of them match: [r, c] each."""
+    (x, labels), (y, gallery_labels) = query, gallery
+    match = labels[rows, None] == gallery_labels[columns]
+    if itself:  # differs: the query is excluded by index, not by dropping the first hit
+        match &= _index(rows, x)[:, None] != _index(columns, x)
+    return x[rows].float() @ y[columns].float().T, match
+
+
+def _index(rows, x):
+    return torch.arange(rows.start, rows.stop, device=x.device)
+
+
+def _slices(start, stop, size):
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+
+
+def _best_match(query, gallery, itself, size):
+    """[N] similarity of each query's best match; -inf where it has none."""
+    best = torch.full((len(query[0]),), -math.inf, device=query[0].device)
+    for rows in _slices(0, len(best), size):
+        for columns in _slices(*_columns(query[1][rows], gallery[1]), size):
+            similarity, match = _tile(query, gallery, itself, rows, columns)
+            found = similarity.masked_fill_(~match, -math.inf).amax(dim=1)
+            best[rows] = torch.maximum(best[rows], found)
+    return best
+
+
+def _count_ahead(query, gallery, itself, best, slack, size):
+    """([N], [N]) non-matching items that are surely, and possibly, as similar as the best match.
+
+    Among themselves each pair of images is looked at once, for both of its queries.
+    """
+    (x, labels), (y, gallery_labels) = query, gallery
+    bounds = (best.double() + slack).float(), (best.double() - slack).float()
+    counts = torch.zeros(2, len(x), device=x.device, dtype=torch.float64)
+    flags = torch.empty(size * size, device=x.device)
+    for rows in _slices(0, len(x), size):
+        low, high = _columns(labels[rows], gallery_labels)
+        for columns in _slices(rows.start if itself else 0, len(y), size):
+            similarity = x[rows].float() @ y[columns].float().T
+            if low < columns.stop and columns.start < high:
+                match = labels[rows, None] == gallery_labels[columns]
+                similarity.masked_fill_(match, -math.inf)  # the query itself among them
+            ahead = flags[: similarity.numel()].view_as(similarity)
+            for count, bound in zip(counts, bounds):
+                # comparing into floats and adding them up is far faster than through booleans
+                count[rows] += torch.ge(similarity, bound[rows, None], out=ahead).sum(dim=1)
+                if itself and columns.start > rows.start:
+                    count[columns] += torch.ge(similarity, bound[columns], out=ahead).sum(dim=0)
+    return counts.long()
+
+
+def _count_exactly(query, gallery, itself, rows, slack):
+    """[r] as _count_ahead, for some queries in float64. Ties count as ahead (differs)."""
+    (x, labels), (y, gallery_labels) = query, gallery
+    x64 = x[rows].double()
+    similarity = torch.cat([x64 @ part.double().T for part in y.split(8192)], dim=1)
+    same = labels[rows, None] == gallery_labels
+    match = same.clone()
+    if itself:
+        match[torch.arange(len(rows), device=x.device), rows] = False
+    best = similarity.masked_fill(~match, -math.inf).amax(dim=1, keepdim=True)
+    return ((similarity >= best - slack) & ~same).sum(dim=1)

@@ -1,0 +1,127 @@
+"""A run's folder: its files, its results, and what is continued after an interruption."""
+
+import json
+import os
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from runs.results import best_of, summary
+from storage import read_checkpoint, temporary_of, write_atomically, write_checkpoint, write_json
+from utils import UserError, warn
+
+REPLACED = ".replaced"  # ends the names of a run's files that --overwrite has put aside
+LOCK_SECONDS = 10  # before version 4 of filelock, a killed run's workers hold its lock for 5 s
+
+
+class RunFolder:
+    """Where a run's files are; every file is replaced whole, never written in place."""
+
+    def __init__(self, folder, args):
+        self.folder = Path(folder)
+        name = f"{args.dataset}_{args.model.replace('/', '_')}"
+        self.best = self.folder / f"{name}_best.pth"
+        self.last = self.folder / f"{name}_last.pth"
+        self.previous = self.folder / f"{name}_previous.pth"
+        self.results = self.folder / f"{name}_best_results.txt"
+        self.metrics = self.folder / "metrics.jsonl"
+        self.args = self.folder / "args.json"
+        self.files = [self.args, self.metrics, self.results, self.best, self.last, self.previous]
+        self.file_lock = FileLock(self.folder / ".lock", timeout=LOCK_SECONDS)
+
+    def in_use(self):
+        """Whether there is something to lose: a run that saved nothing may be started again."""
+        return any(path.exists() for path in (self.best, self.last, self.previous, self.results))
+
+    def lock(self):
+        """Keep other processes out for as long as this one lives, however it ends."""
+        try:
+            if not self.file_lock.is_locked:
+                self.file_lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"{self.folder} is in use by another process; wait for it, or give this run a "
+                "--remark of its own"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written to ({error.strerror})") from error
+
+    def claim(self, args, new):
+        """Make and lock the folder; returns what args.json says, {} for a new run."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            for file in self.files:
+                temporary_of(file).unlink(missing_ok=True)
+            if new and self.in_use() and not args.overwrite:
+                raise UserError(f"{self.folder}: another process has just finished this run")
+            return {} if new or not self.args.exists() else json.loads(self.args.read_text())
+        except OSError as error:
+            raise UserError(f"{self.folder}: {error.strerror}") from error
+        except ValueError:
+            raise UserError(f"{self.args}: damaged; delete it, --resume writes a new one") from None
+
+    def start(self, description, history):
+        """Write args.json and the results so far. A new run (history None) first puts the files of
+        another aside, to be removed when it has saved something itself. A run that saved nothing
+        is not put in the place of what it put aside."""
+        if history is None and self.in_use():
+            for file in filter(Path.exists, self.files):
+                put_aside(file, REPLACED)
+        write_json(self.args, description)
+        self.write_results(history or [])
+
+    def write_results(self, history):
+        if history:
+            write_atomically(self.results, summary(history).encode())
+        lines = "".join(json.dumps(result) + "\n" for result in history)
+        write_atomically(self.metrics, lines.encode())
+
+    def save(self, checkpoint):
+        """Save the state that --resume continues from; the one before is kept."""
+        write_checkpoint(self.last, checkpoint, keep=self.previous)
+        for file in self.files:
+            Path(f"{file}{REPLACED}").unlink(missing_ok=True)
+
+    def save_epoch(self, checkpoint):
+        """Save a finished epoch. What --resume reads comes last, so that an interrupted save is
+        an epoch that never happened."""
+        history = checkpoint["history"]
+        if best_of(history) is history[-1]:
+            write_checkpoint(self.best, checkpoint)
+        self.write_results(history)
+        self.save(checkpoint)
+
+    def newest_checkpoint(self):
+        """(path, checkpoint) of the newest that is not damaged, or None if there is none at all."""
+        existing = [path for path in (self.last, self.previous, self.best) if path.exists()]
+        for path in existing:
+            try:
+                checkpoint = read_checkpoint(path)
+            except UserError as error:
+                warn(f"{error}; trying the checkpoint before it")
+                continue
+            if path != self.last and self.last.exists():
+                # else the next save would keep the damaged one, in the place of the good one
+                put_aside(self.last, ".damaged")
+            return path, checkpoint
+        if self.in_use():
+            raise UserError(f"--resume: no checkpoint in {self.folder} can be read")
+        return None
+
+
+def put_aside(file, suffix):
+    try:
+        os.replace(file, f"{file}{suffix}")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be renamed to {file}{suffix} ({error.strerror})") from None
+
+
+def run_folder_path(args):
+    seed = "" if args.seed == 1 else f"_seed{args.seed}"
+    name = (
+        f"{args.model.replace('/', '_')}_{args.loss}_embedding{args.embedding_size}"
+        f"_al{args.al}_be{args.be}_gam{args.gam}_{args.optimizer}_lr{args.lr}"
+        f"_batch{args.batch_size}{seed}{args.remark}"
+    )
+    return Path(args.LOG_DIR, f"logs_{args.dataset}", name)

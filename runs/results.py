@@ -1,0 +1,99 @@
+"""The numbers of a run: added up over an epoch, kept as its result, summed up at the end."""
+
+import math
+import time
+
+import torch
+
+from utils import UserError
+
+TERMS = ("metric", "agnostic", "specific", "split")
+
+
+class Epoch:
+    """How far an epoch has come. Losses stay on the device until `fetch` waits for it; `seconds`
+    are those spent waiting for data, and in steps."""
+
+    def __init__(self, number, step=0, totals=None, seconds=None):
+        self.number, self.step, self.totals = number, step, totals or {}
+        self.seconds = seconds or {"data": 0.0, "step": 0.0}
+        self.pending, self.clock = [], time.perf_counter()
+
+    def add(self, values):
+        self.pending.append(values)
+        self.step += 1
+
+    def tick(self, what):
+        """Book the time since the last tick."""
+        now = time.perf_counter()
+        self.seconds[what] += now - self.clock
+        self.clock = now
+
+    def fetch(self, files):
+        """Add up what is pending; UserError where a value is not finite. Nothing is saved before
+        this was called, so what such a step did to the weights never is; `files(epoch, step)` are
+        those of a batch."""
+        names = list(self.pending[0]) if self.pending else []
+        rows = [torch.stack(list(values.values())) for values in self.pending]
+        first, self.pending = self.step - len(rows), []
+        for step, row in enumerate(torch.stack(rows).double().tolist() if rows else [], first):
+            for name, value in zip(names, row):
+                if not math.isfinite(value):
+                    raise UserError(
+                        f"epoch {self.number}, step {step}: the {name} is not finite; nothing of "
+                        "it was saved, and the last checkpoint is good. A smaller --lr may help. "
+                        f"Files of the batch: {', '.join(files(self.number, step))}"
+                    )
+                self.totals[name] = self.totals.get(name, 0.0) + value
+
+    def so_far(self):
+        """What a checkpoint in mid-epoch holds of it."""
+        return {"step": self.step, "totals": self.totals, "seconds": self.seconds}
+
+
+def result_of(training, epoch, steps, recalls, seconds_eval):
+    """An epoch's line of metrics.jsonl."""
+    trained = sum(epoch.seconds.values())
+    return {
+        "epoch": epoch.number,
+        **{name: epoch.totals[name] / steps if name in epoch.totals else None
+           for name in ("loss", *TERMS)},
+        "lr": training.scheduler.get_last_lr()[0],
+        "seconds": trained + seconds_eval,
+        **{f"seconds_{what}": seconds for what, seconds in epoch.seconds.items()},
+        "seconds_eval": seconds_eval,
+        "images_per_second": epoch.step * training.args.batch_size / max(trained, 1e-9),
+        **{f"R@{k}": 100 * recall for k, recall in recalls.items()},
+    }  # fmt: skip
+
+
+def print_result(result):
+    recalls = "  ".join(f"{key} {value:.2f}" for key, value in recalls_of(result).items())
+    print(
+        f"epoch {result['epoch']}  loss {result['loss']:.4f}  {recalls}  "
+        f"({result['seconds']:.1f} s: data {result['seconds_data']:.1f}, steps "
+        f"{result['seconds_step']:.1f}, evaluation {result['seconds_eval']:.1f}; "
+        f"{result['images_per_second']:.0f} images/s)",
+        flush=True,
+    )
+
+
+def best_of(history):
+    """The first epoch with the greatest R@1."""
+    return max(history, key=lambda result: result["R@1"])
+
+
+def recalls_of(result):
+    return {key: value for key, value in result.items() if key.startswith("R@")}
+
+
+def summary(history):
+    """The published script's result file, with the last epoch beside the best."""
+    lines = []
+    for title, result in (("Best", best_of(history)), ("Last", history[-1])):
+        lines.append(f"{title} Epoch: {result['epoch']}")
+        for key, value in recalls_of(result).items():
+            lines.append(f"{title} {key.replace('R@', 'Recall@')}: {value:.4f}")
+    # differs: the script gives the best epoch alone, and does not say how it was chosen
+    lines.append("The best epoch is chosen on the test set, the last one is not.")
+    return "\n".join(lines) + "\n"

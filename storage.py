@@ -1,0 +1,98 @@
+"""Files that cannot be torn, and checkpoints that say when they are damaged."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from utils import UserError
+
+# A checkpoint is a zip file, as torch.save writes it, with its own SHA-256 as the zip's comment:
+# any program that reads the one reads the other.
+CHECKSUM = b"ddml-sha256:"
+COMMENT_LENGTH = len(CHECKSUM) + 64
+
+
+def temporary_of(path):
+    """Where the bytes of a file are until all of them are there."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def write_atomically(path, data, keep=None):
+    """Replace `path` by the bytes `data`: all of it or nothing, even when the machine stops. With
+    `keep`, what was there before is kept under that path."""
+    path = Path(path)
+    temporary = temporary_of(path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(descriptor, rest[: 2**24]) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the renames have to reach the disk too
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise UserError(
+            f"{path}: cannot be written, {len(data):,} bytes needed ({error.strerror or error})"
+        ) from error
+
+
+def write_json(path, value):
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_checkpoint(path, checkpoint, keep=None):
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    # instead of the last two bytes, the length of an empty comment
+    comment = CHECKSUM + hashlib.sha256(buffer.getbuffer()[:-2]).hexdigest().encode()
+    buffer.seek(-2, os.SEEK_END)
+    buffer.write(len(comment).to_bytes(2, "little") + comment)
+    write_atomically(path, buffer.getbuffer(), keep)
+
+
+def load(data):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch muses on odd files before it refuses them
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # it fails in a dozen ways, and words few of them well
+        raise ValueError("damaged, or it holds more than tensors and plain values") from error
+
+
+def read_checkpoint(path):
+    """The dictionary in a .pth file; executes nothing. UserError for any file that is none or is
+    damaged; one without our SHA-256, as others write it, is taken as it is."""
+    try:
+        if not os.path.isfile(path) and os.path.exists(path):
+            raise ValueError("not a file")
+        data = Path(path).read_bytes()
+        end = len(data) - COMMENT_LENGTH
+        if data.startswith(CHECKSUM, end):
+            digest = hashlib.sha256(memoryview(data)[: end - 2]).hexdigest()
+            if not data.endswith(digest.encode()):
+                raise ValueError("damaged, its SHA-256 is not the stored one")
+        checkpoint = load(data)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a checkpoint that can be read: {error}") from error
+    if not isinstance(checkpoint, dict) or not checkpoint:
+        raise UserError(f"{path}: not a checkpoint (it holds no dictionary of tensors)")
+    return checkpoint

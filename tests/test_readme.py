@@ -1,0 +1,56 @@
+"""What the README shows is run."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import torch
+
+import train
+from dataset import demo
+from tests.conftest import ROOT, run_folder
+
+
+def python_blocks():
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
+def test_the_python_block_embeds_an_image_of_the_demo(here, monkeypatch):
+    monkeypatch.setattr(demo, "IMAGES_PER_CLASS", 3)
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    flags = re.search(r"^DEMO = (.*)$", makefile, re.M)[1]
+    train.main(shlex.split(flags + " --epochs 1 --workers 0"))
+    (block,) = python_blocks()
+    names = {}
+    exec(block, names)
+    (expected,) = (path for path in run_folder(here).glob("*_last.pth"))
+    assert names["embedding"].shape == (1, 64)
+    assert abs(names["embedding"].norm().item() - 1) < 1e-5
+
+    model = names["load_model"](expected)
+    images = train.dataset.load("demo", "data", "train")
+    loader = train.test_loader(images, 64, 8, 0, torch.device("cpu"))
+    with torch.inference_mode():
+        pixels, _, _ = next(iter(loader))
+        first = model.embed(model.prepare(pixels))[:1]
+    torch.testing.assert_close(names["embedding"], first, rtol=1e-4, atol=1e-5)
+
+
+def test_the_example_runs_in_20_lines():
+    example = ROOT / "examples" / "own_loop.py"
+    code = [line for line in example.read_text().splitlines()
+            if line.strip() and not line.startswith(("import", "from", '"""'))]  # fmt: skip
+    assert len(code) <= 20
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.own_loop"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.count("agnostic") == 3, done.stderr
+
+
+def test_every_file_that_the_readme_names_is_there():
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(r"`([\w/]+\.(?:py|md)|LICENSE)`", text)
+    assert len(named) > 10
+    folders = ("", "dataset/")  # the map for maintainers names a folder once for several files
+    assert all(any((ROOT / folder / name).exists() for folder in folders) for name in named)
