@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torchvision import models
 
 from net.bn_inception import BNInception
 from net.weights import download
@@ -47,6 +46,8 @@ def bn_inception():
 def torchvision(name, unused=(), **facts):
     """One of torchvision.models, whose layers follow each other up to its average pooling; the
     classifier is kept, never used."""
+    from torchvision import models  # takes seconds, and only these need it
+
     url = models.get_model_weights(name)["IMAGENET1K_V1"].url
 
     def pool(network, x):

@@ -4,6 +4,7 @@ import os
 import platform
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -73,7 +74,8 @@ def describe_process(argv, device):
         "command": shlex.join(["python", "train.py", *argv]),
         "versions": {
             "python": platform.python_version(),
-            **{name: sys.modules[name].__version__ for name in ("torch", "torchvision", "numpy")},
+            "torch": torch.__version__,
+            **{name: version(name) for name in ("torchvision", "numpy", "pillow")},
         },
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
