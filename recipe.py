@@ -8,7 +8,7 @@ from torch.nn.utils import clip_grad_value_, get_total_norm
 
 from losses import DDML, LOSSES, PROXY_LOSSES
 from net import create_model
-from utils import UserError, generator, warn
+from utils import UserError, warn
 
 OPTIMIZERS = {  # with what the published script gives them
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
@@ -17,7 +17,6 @@ OPTIMIZERS = {  # with what the published script gives them
     "adamw": (torch.optim.AdamW, {}),
 }
 CLIP_VALUE = 10
-NOISE = 2  # stream of random numbers, beside the sampler's and the augmentation's
 
 
 def settle_loss(args):
@@ -102,11 +101,9 @@ def train_step(model, criterion, optimizer, images, labels, noise=None):
     return {name: value.detach() for name, value in values.items()}
 
 
-def loss_noise(seed, epoch, step, shape, device):
+def loss_noise(shape, device):
     """The two samples' noise [2, B, d] of a step: drawn on the CPU, the same on every device."""
-    noise = torch.randn(2, *shape, generator=generator(seed, NOISE, epoch, step))
-    if device.type == "cuda":
-        noise = noise.pin_memory()
+    noise = torch.randn(2, *shape, pin_memory=device.type == "cuda")
     return noise.to(device, non_blocking=True)
 
 

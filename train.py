@@ -30,8 +30,9 @@ from runs.checkpoint import capture, restore
 from runs.results import Epoch, print_result, recalls_of, result_of, summary
 from runs.start import describe_process, open_run, warn_of_other_bits
 from runs.tracking import track, wandb_mode
-from utils import Interrupted, Stop, UserError, choose_device, progress, run
+from utils import Interrupted, Stop, UserError, choose_device, progress, run, seed_of
 
+STEP = 2  # a step's stream of random numbers, beside the sampler's and the augmentation's
 FETCH_EVERY = 50  # steps between two looks at the losses, each of which waits for the device
 
 
@@ -91,10 +92,10 @@ def train_epoch(training, loader, epoch, after_step):
     epoch.clock = time.perf_counter()
     for pixels, labels, _ in steps:
         epoch.tick("data")
+        torch.manual_seed(seed_of(seed, STEP, epoch.number, epoch.step))  # for dropout, too
         noise = None
         if model.disent:
-            shape = (len(labels), model.embedding_size)
-            noise = loss_noise(seed, epoch.number, epoch.step, shape, device)
+            noise = loss_noise((len(labels), model.embedding_size), device)
         images = model.prepare(pixels)
         epoch.add(
             train_step(model, training.criterion, training.optimizer, images, labels, noise)
@@ -128,8 +129,10 @@ def run_epoch(training, train_batches, test_batches, epoch, run_folder, stop):
         tested = stop.between(batches(test_batches, training.device))
         tested = progress(tested, len(test_batches), "evaluating")
         recalls = evaluate(training.model, tested, dataset.ks(args.dataset))
-    except Interrupted:
+    except Interrupted as interrupted:
         save()
+        last = shlex.quote(str(run_folder.last))
+        interrupted.note = f"continue with: python train.py --resume {last}"
         raise
     result = result_of(training, epoch, len(train_batches), recalls, time.perf_counter() - started)
     training.history.append(result)
@@ -200,27 +203,19 @@ def main(argv=None):
     with Stop() as stop, track(args, mode, run_folder.folder, run_id) as wandb_run:
         description["wandb_id"] = wandb_run.id if wandb_run else run_id
         run_folder.start(description, training.history if checkpoint else None)
-        train_to_the_end(training, loaders, epoch, run_folder, stop, wandb_run)
+        train_from(epoch, training, loaders, run_folder, stop, wandb_run)
     print(summary(training.history), end="")
     print(f"run folder: {run_folder.folder}")
 
 
-def train_to_the_end(training, loaders, epoch, run_folder, stop, wandb_run):
-    """The epochs from `epoch` on."""
-    try:
-        while epoch.number < training.args.epochs:
-            result = run_epoch(training, *loaders, epoch, run_folder, stop)
-            print_result(result)
-            if wandb_run:
-                fractions = {key: value / 100 for key, value in recalls_of(result).items()}
-                wandb_run.log({"loss": result["loss"], **fractions}, step=epoch.number)
-            epoch = Epoch(epoch.number + 1)
-            stop.check()
-    except Interrupted as interrupted:
-        if run_folder.last.exists():
-            last = shlex.quote(str(run_folder.last))
-            interrupted.note = f"continue with: python train.py --resume {last}"
-        raise
+def train_from(epoch, training, loaders, run_folder, stop, wandb_run):
+    while epoch.number < training.args.epochs:
+        result = run_epoch(training, *loaders, epoch, run_folder, stop)
+        print_result(result)
+        if wandb_run:
+            fractions = {key: value / 100 for key, value in recalls_of(result).items()}
+            wandb_run.log({"loss": result["loss"], **fractions}, step=epoch.number)
+        epoch = Epoch(epoch.number + 1)
 
 
 if __name__ == "__main__":

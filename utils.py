@@ -19,10 +19,10 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Raised where a Stop is looked at, after a signal; `note` says what became of the work."""
+    """Raised where a Stop is looked at, after a signal; `note` says how to go on."""
 
     def __init__(self, number):
-        self.number, self.note = number, "nothing new was saved"
+        self.number, self.note = number, None
 
 
 # what the machine or the user's paths are to blame for
@@ -122,11 +122,15 @@ def progress(iterable, total, label):
             print(f"{label}: {done}/{total}", file=sys.stderr, flush=True)
 
 
+def seed_of(*key):
+    """A seed that depends on nothing but `key`, non-negative integers such as (seed, epoch, index):
+    not on the worker, the process or what was drawn before."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
 def generator(*key):
-    """A torch generator whose seed depends on nothing but `key`, non-negative integers such as
-    (seed, epoch, index): not on the worker, the process or what was drawn before."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    return torch.Generator().manual_seed(seed)
+    """A torch generator with the seed of `key`."""
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 def choose_device(gpu_id):

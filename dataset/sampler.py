@@ -23,9 +23,8 @@ class EpochBatches(Sampler):
         self.epoch = self.first_step = 0
         self.paths, self.images_per_class = images.paths, images_per_class
         if images_per_class:
-            self.members = [
-                torch.nonzero(images.labels == c).flatten() for c in range(len(images.classes))
-            ]
+            counts = images.labels.bincount().tolist()
+            self.members = images.labels.argsort(stable=True).split(counts)
 
     def set_epoch(self, epoch, first_step=0):
         """What to iterate over next: an epoch, or the rest of one from `first_step` on."""

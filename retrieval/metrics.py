@@ -52,29 +52,20 @@ def _columns(labels, gallery_labels):
     return int(start), int(torch.searchsorted(gallery_labels, labels[-1:], right=True))
 
 
-def _tile(query, gallery, itself, rows, columns):
-    """Similarities of some rows to some columns, and which of them match: [r, c] each."""
-    (x, labels), (y, gallery_labels) = query, gallery
-    match = labels[rows, None] == gallery_labels[columns]
-    if itself:  # differs: the query is excluded by index, not by dropping the first hit
-        match &= _index(rows, x)[:, None] != _index(columns, x)
-    return x[rows].float() @ y[columns].float().T, match
-
-
-def _index(rows, x):
-    return torch.arange(rows.start, rows.stop, device=x.device)
-
-
 def _slices(start, stop, size):
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
 def _best_match(query, gallery, itself, size):
     """[N] similarity of each query's best match; -inf where it has none."""
-    best = torch.full((len(query[0]),), -math.inf, device=query[0].device)
+    (x, labels), (y, gallery_labels) = query, gallery
+    best = torch.full((len(x),), -math.inf, device=x.device)
     for rows in _slices(0, len(best), size):
-        for columns in _slices(*_columns(query[1][rows], gallery[1]), size):
-            similarity, match = _tile(query, gallery, itself, rows, columns)
+        for columns in _slices(*_columns(labels[rows], gallery_labels), size):
+            similarity = x[rows].float() @ y[columns].float().T
+            match = labels[rows, None] == gallery_labels[columns]
+            if itself:  # differs: the query is excluded by index, not by dropping the first hit
+                match.diagonal(rows.start - columns.start).fill_(False)
             found = similarity.masked_fill_(~match, -math.inf).amax(dim=1)
             best[rows] = torch.maximum(best[rows], found)
     return best

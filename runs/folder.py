@@ -36,8 +36,7 @@ class RunFolder:
     def lock(self):
         """Keep other processes out for as long as this one lives, however it ends."""
         try:
-            if not self.file_lock.is_locked:
-                self.file_lock.acquire()
+            self.file_lock.acquire()  # again, where this process has it already
         except Timeout:
             raise UserError(
                 f"{self.folder} is in use by another process; wait for it, or give this run a "

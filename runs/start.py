@@ -75,7 +75,8 @@ def describe_process(argv, device):
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **{name: version(name) for name in ("torchvision", "numpy", "pillow")},
+            **{name: version(name) for name in
+               ("torchvision", "timm", "pytorch-metric-learning", "numpy", "pillow")},
         },
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),

@@ -195,7 +195,7 @@ def test_a_step_on_cuda_equals_the_step_on_the_cpu_and_never_synchronises():
         train_step(model, criterion, optimizer, *inputs, torch.zeros(2, 4, 8, device=device))
         try:
             torch.cuda.set_sync_debug_mode("error")
-            noise = loss_noise(1, 0, 0, (4, 8), device)
+            noise = loss_noise((4, 8), device)
             values = train_step(model, criterion, optimizer, *inputs, noise)
         finally:
             torch.cuda.set_sync_debug_mode("default")

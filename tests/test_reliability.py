@@ -276,7 +276,9 @@ def test_killed_runs_continue_to_the_same_bits(here):
     assert tally["killed"] == 2 and tally["identical"] >= 1
 
 
-@pytest.mark.parametrize("step, flags", [(1, ""), (3, "--IPC 4 --optimizer sgd")])
+@pytest.mark.parametrize("step, flags", [
+    (1, ""), (3, "--IPC 4 --optimizer sgd"), (3, "--model toy_with_dropout"),
+])
 def test_a_run_interrupted_in_mid_epoch_continues_to_the_same_bits(here, monkeypatch, step, flags):
     make_cub(here / "data")
     command = TINY + f"{flags} --checkpoint-every 1 "

@@ -11,15 +11,21 @@ from net.backbones import BACKBONES, Backbone, average_and_maximum
 
 
 class Toy(nn.Module):
-    def __init__(self):
+    def __init__(self, dropout=0.0):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.conv, self.bn = nn.Conv2d(3, 16, 5, stride=4), nn.BatchNorm2d(16)
 
     def forward(self, x):
-        return self.bn(self.conv(x)).relu()
+        return self.dropout(self.bn(self.conv(x)).relu())
 
 
-BACKBONES["toy"] = lambda: Backbone(Toy(), lambda net, x: average_and_maximum(net(x)))
+def pool(toy, x):
+    return average_and_maximum(toy(x))
+
+
+BACKBONES["toy"] = lambda: Backbone(Toy(), pool)
+BACKBONES["toy_with_dropout"] = lambda: Backbone(Toy(0.3), pool)
 
 
 if __name__ == "__main__":
