@@ -107,20 +107,6 @@ def test_batchnorm_that_trains_is_not_folded_and_follows_the_batch(ours_and_plai
         torch.testing.assert_close(buffer, after[name], msg=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_frozen_network_trains_under_autocast(dtype):
-    torch.manual_seed(0)
-    model = create_model("bn_inception", D).eval()
-    expected = model(IMAGES)
-    with torch.autocast("cpu", dtype):
-        output = model(IMAGES)
-        assert model.model.features(IMAGES).dtype == dtype
-    torch.testing.assert_close(output.float(), expected, rtol=0, atol=0.05)
-    output.float().sum().backward()
-    gradients = [p.grad for n, p in model.named_parameters() if "last_linear" not in n]
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
-
-
 def test_heads_start_kaiming_normal_with_zero_bias():
     head, specific = create_model("bn_inception", 128, disent=True).heads()
     for layer in (head, specific):
@@ -310,4 +296,4 @@ def test_a_training_step_under_bfloat16_autocast_is_near_float32_and_finite():
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=0.02)
     gradients = [p.grad for n, p in model.named_parameters() if "last_linear" not in n]
-    assert all(g is not None and g.isfinite().all() for g in gradients)
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)

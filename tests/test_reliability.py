@@ -272,8 +272,8 @@ def test_a_second_process_on_the_same_run_folder_is_refused(here, capsys, monkey
 
 def test_killed_runs_continue_to_the_same_bits(here):
     """The short version of `python -m tests.kill`."""
-    tally = kill.kill_at_random(here, kills=2, seed=0, epochs=9, model="--model toy")
-    assert tally["killed"] == 2 and tally["identical"] >= 1
+    tally = kill.kill_at_random(here, kills=1, seed=0, epochs=9, model="--model toy")
+    assert tally["killed"] == 1 and tally["identical"] >= 1
 
 
 @pytest.mark.parametrize("step, flags", [
