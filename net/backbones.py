@@ -101,13 +101,14 @@ def timm_model(name):
             ) from error
 
     facts = network.pretrained_cfg
-    classifier = facts.get("classifier") or ()
+    classifiers = facts.get("classifier") or ()  # one name, or several
+    classifiers = [classifiers] if isinstance(classifiers, str) else classifiers
     return Backbone(
         network, pool, imagenet,
         mean=tuple(255 * value for value in facts["mean"]),
         std=tuple(255 * value for value in facts["std"]),
         interpolation=facts["interpolation"],
-        unused=(classifier,) if isinstance(classifier, str) else classifier,
+        unused=tuple(f"{name}." for name in classifiers),
     )  # fmt: skip
 
 
