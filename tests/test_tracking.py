@@ -34,9 +34,12 @@ def read_offline_run(folder):
 
 
 def test_an_offline_wandb_run_holds_the_project_every_flag_and_every_epochs_numbers(here):
+    import wandb
+
     make_cub(here / "data")
     train.main(shlex.split(TINY.replace("--wandb disabled", "--wandb auto")))
     folder = run_folder(here)
+    wandb.teardown()  # the file is written by a process of wandb's own, complete once that ends
     records = read_offline_run(folder)
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert run.project == "cub_DDML+PA"
