@@ -1,4 +1,4 @@
-"""Recall@K of a checkpoint: python evaluate.py --resume CHECKPOINT"""
+"""Recall@K of a checkpoint, or of a run folder's best one: python evaluate.py CHECKPOINT"""
 
 from pathlib import Path
 
@@ -9,74 +9,107 @@ from net import create_model, model_name, network_of
 from net.weights import load_strictly
 from retrieval.embed import embed
 from retrieval.metrics import recall_at_k
+from runs.checkpoint import epoch_of
+from runs.folder import checkpoint_in
 from storage import read_checkpoint, write_json
-from utils import UserError, choose_device, plural, progress, run
+from utils import UserError, choose_device, plural, progress, run, warn
 
 
 def build_parser():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--resume", required=True, metavar="CHECKPOINT", help="published, or one of train.py's")
-    add("--remark", default="", help="printed with the result")
+    add("checkpoint", nargs="?", help="train.py's or a published one, or a run folder")
+    add("--resume", metavar="CHECKPOINT", help="the same, as the published script has it")
+    add("--remark", default="", metavar="TEXT", help="printed with the result")
     add("--json", metavar="PATH", help="also write the recalls, in per cent, to this file")
-    add_data_flags(parser, dataset.canonical_name, batch_size=150)
+    add_data_flags(parser, dataset.canonical_name, dataset.CHOICES, batch_size=150)
     add_network_flags(parser, model_name)
     return parser
 
 
-def evaluate(model, test_batches, ks):
-    """{k: Recall@K} of all images among each other. Leaves `model` in eval mode."""
+def evaluate(model, test_batches, ks, queries=None):
+    """{k: Recall@K} of all images among each other, or of the first `queries` among the rest.
+    Leaves `model` in eval mode."""
     embeddings, labels = embed(model, test_batches)
     if not embeddings.isfinite().all():
         raise UserError("the network's embeddings are not all finite: its weights are of no use")
-    return recall_at_k(embeddings, labels, ks)
+    if queries is None:
+        return recall_at_k(embeddings, labels, ks)
+    return recall_at_k(
+        embeddings[:queries], labels[:queries], ks, embeddings[queries:], labels[queries:]
+    )
 
 
 def describe(name, images):
     """One line about a split, with the R@1 that random embeddings would have."""
-    counts = images.labels.bincount().double()
-    chance = (counts * (counts - 1)).sum() / len(images) / max(len(images) - 1, 1)
+    labels, q = images.labels, images.queries
+    itself = int(q is None)  # a match that does not count
+    gallery = labels[q or 0 :]
+    matches = gallery.bincount(minlength=len(images.classes))[labels[:q]] - itself
+    chance = matches.double().mean() / max(len(gallery) - itself, 1)
     found = f"{plural(len(images), 'image')} of {plural(len(images.classes), 'class')}"
+    if q is not None:
+        found += f", {plural(q, 'query')} against a gallery of {len(gallery):,}"
     return f"{name}: {found} (R@1 by chance: {100 * chance:.1f} %)"
 
 
 def resolve_flags(parser, argv):
-    """Flags, state dict of the network and whether it has disent. A flag comes from the command
-    line, else from the checkpoint's own flags, else from the shapes of its weights, else from the
-    default."""
+    """Flags, and the checkpoint. A flag comes from the command line, else from the checkpoint's own
+    flags, else from the shapes of its weights, else from the default."""
     args, given = given_flags(parser, argv)
-    state, theirs = network_of(read_checkpoint(args.resume), args.resume)
-    kept = vars(args).keys() - {"resume", "json", "gpu_id", "workers", "remark"}
+    if bool(args.checkpoint) == bool(args.resume):
+        parser.error("name one checkpoint or run folder")
+    path = checkpoint_in(args.checkpoint or args.resume, ("best", "last", "previous"))
+    checkpoint = read_checkpoint(path)
+    _, theirs = network_of(checkpoint, path)
+    kept = vars(args).keys() - {"checkpoint", "resume", "json", "gpu_id", "workers", "remark"}
+    if "dataset" in given:
+        kept -= {"ks", "data_root"}
+    elif theirs.get("train_on") == "all":
+        raise UserError(f"{path}: trained on all classes of {theirs['dataset']}, so that none are "
+                        "left to test it on; name another data set with --dataset")  # fmt: skip
     stored = {flag: value for flag, value in theirs.items() if flag in kept}
-    resolved = parse_stored(parser, stored, args.resume, required=["--resume", args.resume])
+    resolved = parse_stored(parser, stored, path)
     for flag, value in given.items():
         setattr(resolved, flag, value)
-    return resolved, state, theirs["disent"]
+    resolved.checkpoint = path
+    if theirs.get("dataset", resolved.dataset) != resolved.dataset:
+        print(f"{path}: trained on {theirs['dataset']}, tested on {resolved.dataset}")
+    elif theirs.get("train_on") == "all":
+        warn(f"{path} was trained on all classes of {resolved.dataset}: its recall here says "
+             "nothing about unseen ones")  # fmt: skip
+    return resolved, checkpoint
 
 
 def main(argv=None):
-    args, state, disent = resolve_flags(build_parser(), argv)
+    args, checkpoint = resolve_flags(build_parser(), argv)
     out = args.json and Path(args.json).resolve()
     if out and (out.exists() and not out.is_file() or not out.parent.is_dir()):
         raise UserError(f"--json {args.json}: not a file's path in a folder that exists")
     device = choose_device(args.gpu_id)
-    model = create_model(args.model, args.embedding_size, disent, args.l2_norm)
-    load_strictly(model, state, args.resume)
+    state, theirs = network_of(checkpoint, args.checkpoint)
+    model = create_model(args.model, args.embedding_size, theirs["disent"], args.l2_norm)
+    load_strictly(model, state, args.checkpoint)
     model.num_features(args.image_size)  # ends here where the network cannot take it
 
     images = dataset.load(args.dataset, args.data_root, "test")
-    print(describe(f"{args.dataset} test", images))
+    print(describe(f"{dataset.title(args.dataset)} test", images))
     loader = test_loader(
         images, args.image_size, args.batch_size, args.workers, device, model.interpolation
     )
     tested = progress(batches(loader, device), len(loader), "evaluating")
-    recalls = evaluate(model.to(device), tested, dataset.ks(args.dataset))
+    ks = dataset.ks(args.dataset, args.ks)
+    recalls = evaluate(model.to(device), tested, ks, images.queries)
 
-    print(f"{args.resume} {args.remark}".strip())
+    print(f"{args.checkpoint} {args.remark}".strip())
     for k, recall in recalls.items():
         print(f"R@{k} : {100 * recall:.3f}")
     if out:
-        write_json(out, {f"R@{k}": 100 * recall for k, recall in recalls.items()})
+        recalls = {f"R@{k}": 100 * recall for k, recall in recalls.items()}
+        write_json(out, {
+            **recalls, "dataset": args.dataset, "split": "test", "checkpoint": args.checkpoint,
+            "epoch": epoch_of(checkpoint),
+        })  # fmt: skip
 
 
 if __name__ == "__main__":

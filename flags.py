@@ -2,40 +2,61 @@
 
 import argparse
 
-from utils import UserError
+from utils import UserError, nearest
+
+VERSION = "0.2.0"
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to a flag's help, where that says something."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and that knows no abbreviated flags."""
 
     def __init__(self, **kwargs):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        self.add_argument("--version", action="version", version=f"DDML {VERSION}")
+
+    def parse_args(self, argv=None, namespace=None):
+        args, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            near = nearest(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return args
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def add_data_flags(parser, data_set, batch_size):
+def add_data_flags(parser, data_set, choices, batch_size):
     """Flags of the data; `data_set` is the type of --dataset. Returns their group's `add`."""
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="cub", type=data_set, help="cub, car, SOP, demo")
-    add("--data-root", default="./data", help="folder of the extracted data sets")
-    add("--image-size", default=224, type=at_least(1, most=2**12),
-        help="pixels; tested at 256/224 of it")  # fmt: skip
-    add("--batch-size", default=batch_size, type=at_least(1), help="B")
-    add("--workers", default=4, type=at_least(0), help="processes that load images")
+    add("--dataset", default="cub", type=data_set, metavar="NAME", help=choices)
+    add("--data-root", default="./data", metavar="DIR",
+        help="folder of the data sets, or with --dataset folder of the images")  # fmt: skip
+    add("--ks", nargs="+", type=at_least(1), metavar="K",
+        help="of Recall@K; by default the data set's published ones, or 1 2 4 8")  # fmt: skip
+    add("--image-size", default=224, type=at_least(1, most=2**12), metavar="PIXELS",
+        help="side of the input; tests take the centre of images of 256/224 of it")  # fmt: skip
+    add("--batch-size", default=batch_size, type=at_least(1), metavar="N", help="images a batch")
+    add("--workers", default=4, type=at_least(0), metavar="N", help="processes that load images")
     return add
 
 
 def add_network_flags(parser, model):
     """Flags of the network; `model` is the type of --model. Returns their group's `add`."""
     add = parser.add_argument_group("network").add_argument
-    add("--model", default="bn_inception", type=model,
+    add("--model", default="bn_inception", type=model, metavar="NAME",
         help="bn_inception, googlenet, resnet18, resnet50, resnet101 or timm/NAME")  # fmt: skip
-    add("--embedding-size", default=512, type=at_least(1, most=2**13), help="d")
-    add("--l2-norm", default=True, type=boolean, help="L2-normalise the heads")
-    add("--gpu-id", default=0, type=at_least(-1), help="-1: all GPUs (not supported yet)")
+    add("--embedding-size", default=512, type=at_least(1, most=2**13), metavar="N",
+        help="numbers in an embedding")  # fmt: skip
+    add("--l2-norm", default=True, type=boolean, metavar="BOOL", help="L2-normalise the heads")
+    add("--gpu-id", default=0, type=at_least(-1), metavar="N",
+        help="which GPU; -1 for the only one")  # fmt: skip
     return add
 
 
@@ -53,12 +74,19 @@ def parse_stored(parser, flags, path, required=()):
     argv = list(required)
     for name, value in flags.items():
         if value is not None and name not in ("resume", "overwrite"):  # they are no settings
-            flag = name.replace("_", "-") if name.islower() else name  # LOG_DIR, IPC
-            argv.append(f"--{flag}={value}")
+            if isinstance(value, list):  # --ks
+                argv += [flag_of(name), *map(str, value)]
+            else:
+                argv.append(f"{flag_of(name)}={value}")
     try:
         return parser.parse_args(argv)
     except UserError as error:
         raise UserError(f"{path}: its stored flags are not valid: {error}") from error
+
+
+def flag_of(name):
+    """`--batch-size` for `batch_size`."""
+    return f"--{name.replace('_', '-') if name.islower() else name}"  # not in LOG_DIR
 
 
 def boolean(text):

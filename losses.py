@@ -25,6 +25,19 @@ def l2_normalize(x):
     return x / (x.square().sum(dim=-1, keepdim=True) + 1e-12).sqrt()
 
 
+def require_fit(x, labels, proxies):
+    """ValueError unless x [B, d] and labels [B] belong to proxies [C, d]. That labels are below C
+    is looked at on the CPU alone: on a GPU every step would wait for the answer."""
+    C, d = proxies.shape
+    if x.ndim != 2 or x.shape[1] != d or labels.shape != x.shape[:1]:
+        raise ValueError(f"embeddings {tuple(x.shape)} and labels {tuple(labels.shape)} do not fit "
+                         f"each other or {C} proxies of {d} dimensions")  # fmt: skip
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= C:
+            raise ValueError(f"labels from {low} to {high} do not fit {C} proxies")
+
+
 def log_one_plus_sum_exp(x, mask):
     """log(1 + sum of exp x over the rows, where mask): [B, C] -> [C]. The row of zeros is the 1."""
     return F.pad(x.masked_fill(~mask, -torch.inf), (0, 0, 1, 0)).logsumexp(dim=0)
@@ -41,6 +54,7 @@ class ProxyAnchor(nn.Module):
 
     def forward(self, embeddings, labels):
         """embeddings [B, d] of any length, labels [B] -> scalar."""
+        require_fit(embeddings, labels, self.proxies)
         with torch.autocast(embeddings.device.type, enabled=False):
             x, P = l2_normalize(at_least_float32(embeddings)), l2_normalize(class_proxies(self))
             c = x @ P.T                                                             # [B, C]
@@ -88,6 +102,9 @@ class DDML(nn.Module):
             mu_s, s_s = at_least_float32(head_specific).chunk(2, dim=1)
             eps, eps_s = noise if noise is not None else (torch.randn_like(mu) for _ in range(2))
             P = l2_normalize(class_proxies(self.metric_loss))                       # [C, d]
+            labels = labels.long()                                                  # int32 too
+            require_fit(mu, labels, P)
+            require_fit(mu_s, labels, P)
             (std, _), (std_s, log_std_s) = standard_deviation(s), standard_deviation(s_s)
             z, z_s = mu + std * eps, mu_s + std_s * eps_s                           # [B, d]
 
@@ -113,6 +130,7 @@ class InFloat32(nn.Module):
     def forward(self, embeddings, labels):
         with torch.autocast(embeddings.device.type, enabled=False):
             x = at_least_float32(embeddings)
+            labels = labels.long()
             return self.loss(x, labels, self.miner(x, labels) if self.miner else None)
 
 

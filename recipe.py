@@ -19,11 +19,15 @@ OPTIMIZERS = {  # with what the published script gives them
 CLIP_VALUE = 10
 
 
+def own_values(loss):
+    """{flag: the loss's own value}; None for what it does not have."""
+    choice = LOSSES[loss]
+    return {"mrg": choice.margin, "alpha": choice.scale, "proxy_lr_factor": choice.lr_factor}
+
+
 def settle_loss(args):
     """Give the loss's own values to the flags that were left to it."""
-    choice = LOSSES[args.loss]
-    own = {"mrg": choice.margin, "alpha": choice.scale, "proxy_lr_factor": choice.lr_factor}
-    for name, value in own.items():
+    for name, value in own_values(args.loss).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
         elif value is None:
@@ -33,6 +37,10 @@ def settle_loss(args):
         raise UserError(
             f"--disent True: --loss {args.loss} compares pairs of images and has no proxies, which "
             f"DDML's terms need; choose from {', '.join(PROXY_LOSSES)}"
+        )
+    if args.disent and not args.al + args.be + args.gam:
+        warn(
+            "--disent True with --al, --be and --gam of 0 trains the plain loss and an unused head"
         )
     if not args.disent and args.al + args.be + args.gam > 0:
         warn("--al, --be and --gam weigh nothing without --disent True: training the plain loss")

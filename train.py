@@ -6,11 +6,13 @@ The flags are the published script's; README.md has its three commands.
 import os
 import shlex
 import time
+from functools import partial
 
 import torch
 
 import dataset
 from dataset.cache import cache_in_memory
+from dataset.files import UnreadableImage
 from dataset.images import digest_of_names
 from dataset.loader import batches, test_loader, train_loader
 from evaluate import describe, evaluate
@@ -26,7 +28,7 @@ from flags import (
 from losses import LOSSES
 from net import model_name
 from recipe import OPTIMIZERS, Training, loss_noise, prepare_epoch, settle_loss, train_step
-from runs.checkpoint import capture, restore
+from runs.checkpoint import bytes_needed, capture, restore
 from runs.results import Epoch, print_result, recalls_of, result_of, summary
 from runs.start import describe_process, open_run, warn_of_other_bits
 from runs.tracking import track, wandb_mode
@@ -38,47 +40,59 @@ FETCH_EVERY = 50  # steps between two looks at the losses, each of which waits f
 
 def build_parser():
     parser = Parser(description=__doc__.split("\n")[0])
-    add = add_data_flags(parser, dataset.canonical_name, batch_size=180)
-    add("--IPC", type=at_least(1), help="balanced batches: this many images of each class")
+    add = add_data_flags(parser, dataset.canonical_name, dataset.CHOICES, batch_size=180)
+    add("--train-on", default="train", choices=["train", "all"],
+        help="all: every class there is, to ship the network; none is left to test on")  # fmt: skip
+    add("--IPC", type=at_least(1), metavar="N",
+        help="balanced batches, of N images of each of their classes; by default any")  # fmt: skip
     add("--cache", default="none", choices=["none", "ram"], help="keep decoded images in memory")
 
     add = add_network_flags(parser, model_name)
     add("--weights", default="imagenet", help="imagenet, none, or a checkpoint's path")
-    add("--deterministic", default=False, const=True, nargs="?", type=boolean,
+    add("--deterministic", default=False, const=True, nargs="?", type=boolean, metavar="BOOL",
         help="the same bits each time on CUDA too, at some cost in speed")  # fmt: skip
 
+    number = {"type": at_least(0, float), "metavar": "X"}
+    count = {"metavar": "N"}
     add = parser.add_argument_group("loss").add_argument
-    add("--loss", default="Proxy_Anchor", choices=LOSSES)
-    add("--alpha", type=at_least(1e-6, float), help="the loss's scale, by default its own (32)")
-    add("--mrg", type=at_least(0, float), help="the loss's margin, by default its own (0.1)")
-    add("--proxy-lr-factor", type=at_least(0, float),
-        help="proxies' learning rate, times --lr; by default the loss's own (100)")  # fmt: skip
-    add("--disent", default=False, const=True, nargs="?", type=boolean, help="DDML; a second head")
-    add("--al", default=0.0, type=at_least(0, float), help="DDML: weight of the agnostic term")
-    add("--be", default=0.0, type=at_least(0, float), help="DDML: weight of the specific term")
-    add("--gam", default=0.0, type=at_least(0, float), help="DDML: weight of the split term")
+    add("--loss", default="Proxy_Anchor", choices=LOSSES, metavar="NAME", help=", ".join(LOSSES))
+    add("--alpha", type=at_least(1e-6, float), metavar="X",
+        help="the loss's scale; by default its own, 32 for Proxy_Anchor")  # fmt: skip
+    add("--mrg", **number, help="the loss's margin; by default its own, 0.1 for Proxy_Anchor")
+    add("--proxy-lr-factor", **number,
+        help="times --lr, proxies' learning rate; by default the loss's own, "
+        "100 for Proxy_Anchor")  # fmt: skip
+    add("--disent", default=False, const=True, nargs="?", type=boolean, metavar="BOOL",
+        help="DDML; adds a second head")  # fmt: skip
+    add("--al", default=0.0, **number, help="DDML: weight of the agnostic term")
+    add("--be", default=0.0, **number, help="DDML: weight of the specific term")
+    add("--gam", default=0.0, **number, help="DDML: weight of the split term")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", default=60, type=at_least(1))
-    add("--optimizer", default="adamw", choices=OPTIMIZERS)
-    add("--lr", default=1e-4, type=at_least(0, float), help="learning rate of backbone and heads")
-    add("--weight-decay", default=1e-4, type=at_least(0, float))
-    add("--lr-decay-step", default=10, type=at_least(1), help="epochs between decays")
-    add("--lr-decay-gamma", default=0.5, type=at_least(0, float), help="factor of a decay")
-    add("--warm", default=1, type=at_least(0), help="epochs in which only heads and proxies train")
-    add("--bn-freeze", default=True, type=boolean, help="keep BatchNorm's running statistics")
-    add("--seed", default=1, type=at_least(0, most=2**63))
+    add("--epochs", default=60, type=at_least(1), **count, help="passes over the training images")
+    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="updates all parameters")
+    add("--lr", default=1e-4, **number, help="learning rate of backbone and heads")
+    add("--weight-decay", default=1e-4, **number, help="of all parameters")
+    add("--lr-decay-step", default=10, type=at_least(1), **count, help="epochs between decays")
+    add("--lr-decay-gamma", default=0.5, **number, help="factor of a decay")
+    add("--warm", default=1, type=at_least(0), **count,
+        help="epochs in which only heads and proxies train")  # fmt: skip
+    add("--bn-freeze", default=True, type=boolean, metavar="BOOL",
+        help="keep BatchNorm's running statistics")  # fmt: skip
+    add("--seed", default=1, type=at_least(0, most=2**63), **count, help="of all random numbers")
 
     add = parser.add_argument_group("run").add_argument
-    add("--LOG_DIR", default="./logs", help="run folders are made in here")  # differs: ../logs
-    add("--remark", default="", type=name_part, help="ends the run folder's name")
+    # differs: ../logs
+    add("--LOG_DIR", default="./logs", metavar="DIR", help="run folders are made in here")
+    add("--remark", default="", type=name_part, metavar="TEXT", help="ends the run folder's name")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", nargs="?", const="", metavar="PATH",
-                        help="continue the run of these flags, or of this checkpoint")  # fmt: skip
+        help="continue the run of this folder or checkpoint; without PATH, of these flags"
+    )  # fmt: skip
     either.add_argument("--overwrite", action="store_true",
                         help="start anew where the run folder holds a run")  # fmt: skip
     add("--checkpoint-every", type=at_least(1), metavar="N",
-        help="save every N steps too, not at the end of epochs alone")  # fmt: skip
+        help="save every N steps too; by default only at the end of epochs")  # fmt: skip
     add("--wandb", default="auto", choices=["auto", "online", "offline", "disabled"],
         help="auto: online when logged in, else offline")  # fmt: skip
     return parser
@@ -97,16 +111,14 @@ def train_epoch(training, loader, epoch, after_step):
         if model.disent:
             noise = loss_noise((len(labels), model.embedding_size), device)
         images = model.prepare(pixels)
-        epoch.add(
-            train_step(model, training.criterion, training.optimizer, images, labels, noise)
-        )
+        epoch.add(train_step(model, training.criterion, training.optimizer, images, labels, noise))
         after_step()
         epoch.tick("step")
 
 
-def run_epoch(training, train_batches, test_batches, epoch, run_folder, stop):
-    """Train what is left of an epoch, evaluate, save; the epoch's result. A signal interrupts the
-    first two: what is done is saved before Interrupted goes on."""
+def run_epoch(training, train_batches, tested, epoch, run_folder, stop):
+    """Train what is left of an epoch, save, evaluate, save; the epoch's result. Where a signal or a
+    damaged image ends it, what is done is saved, and the exception says how to go on."""
     args, files = training.args, train_batches.batch_sampler.files
 
     def save():
@@ -125,15 +137,20 @@ def run_epoch(training, train_batches, test_batches, epoch, run_folder, stop):
         train_epoch(training, train_batches, epoch, after_step)
         epoch.fetch(files)
         epoch.tick("step")  # on a GPU the steps that are queued end with the fetch
-        started = time.perf_counter()
-        tested = stop.between(batches(test_batches, training.device))
-        tested = progress(tested, len(test_batches), "evaluating")
-        recalls = evaluate(training.model, tested, dataset.ks(args.dataset))
-    except Interrupted as interrupted:
+        started, recalls = time.perf_counter(), {}
+        if tested:
+            save()  # evaluating takes long enough to be interrupted in any way
+            recalls = tested(training, stop)
+    except (Interrupted, UnreadableImage) as error:
+        if not epoch.step:  # nothing is to be saved
+            raise
         save()
-        last = shlex.quote(str(run_folder.last))
-        interrupted.note = f"continue with: python train.py --resume {last}"
-        raise
+        go_on = f"python train.py --resume {shlex.quote(str(run_folder.folder))}"
+        if isinstance(error, Interrupted):
+            error.note = f"continue with: {go_on}"
+            raise
+        raise UserError(f"{error}. What was trained is saved: put a good file in its place and "
+                        f"continue with {go_on}") from error  # fmt: skip
     result = result_of(training, epoch, len(train_batches), recalls, time.perf_counter() - started)
     training.history.append(result)
     training.scheduler.step()
@@ -141,13 +158,24 @@ def run_epoch(training, train_batches, test_batches, epoch, run_folder, stop):
     return result
 
 
+def recalls_on(loader, queries, training, stop):
+    """{k: Recall@K} of the test images."""
+    tested = progress(stop.between(batches(loader, training.device)), len(loader), "evaluating")
+    ks = dataset.ks(training.args.dataset, training.args.ks)
+    return evaluate(training.model, tested, ks, queries)
+
+
 def load_images(args):
-    """(train, test) images, checked against the batch."""
-    train, test = (dataset.load(args.dataset, args.data_root, half) for half in ("train", "test"))
+    """(train, test) images, checked against the batch; test is None with --train-on all."""
+    dataset.prepare(args.dataset, args.data_root)
+    splits, name = dataset.read(args.dataset, args.data_root), dataset.title(args.dataset)
+    train, test = dataset.image_set(args.dataset, splits, args.train_on), None
+    if args.train_on == "train":
+        test = dataset.image_set(args.dataset, splits, "test")
     if args.batch_size > len(train):  # differs: the script trains on nothing, in silence
         raise UserError(
             f"--batch-size {args.batch_size}: larger than the {len(train)} training images of "
-            f"{args.dataset}, so that no batch would be complete"
+            f"{name}, so that no batch would be complete; use {len(train)} or fewer"
         )
     if args.IPC:
         classes, rest = divmod(args.batch_size, args.IPC)
@@ -156,10 +184,16 @@ def load_images(args):
                 f"--IPC {args.IPC}: a batch of --batch-size {args.batch_size} cannot hold "
                 f"{args.IPC} images of each of a whole number of the {len(train.classes)} classes"
             )
+    sets = {"train": train, "test": test} if test else {"all": train}
     if args.cache == "ram":
-        train.read = test.read = cache_in_memory([*train.paths, *test.paths], args.workers)
-    print(describe(f"{args.dataset} train", train))
-    print(describe(f"{args.dataset} test", test), flush=True)
+        paths = [path for images in sets.values() for path in images.paths]
+        train.read = cache_in_memory(paths, args.workers)
+        if test:
+            test.read = train.read
+    for split, images in sets.items():
+        print(describe(f"{name} {split}", images), flush=True)
+    if not test:
+        print("training on all classes: none is left to test on, the last epoch is what is kept")
     return train, test
 
 
@@ -180,20 +214,21 @@ def main(argv=None):
         torch.use_deterministic_algorithms(True, warn_only=True)
     train, test = load_images(args)
 
-    weights = None if checkpoint else args.weights
-    training = Training(args, len(train.classes), device, weights, digest_of_names(train, test))
+    weights, images = None if checkpoint else args.weights, digest_of_names(train, test)
+    training = Training(args, len(train.classes), device, weights, images)
     training.model.num_features(args.image_size)  # ends here where the network cannot take it
     epoch = Epoch(done)
     if checkpoint:
-        restore(training, checkpoint, args.resume or run_folder.folder)
+        restore(training, checkpoint, args.resume)
         epoch = Epoch(done, **(checkpoint["partial"] or {}))
     loading = {"workers": args.workers, "device": device,
                "interpolation": training.model.interpolation}  # fmt: skip
     size, batch_size = args.image_size, args.batch_size
-    loaders = (
-        train_loader(train, size, batch_size, args.seed, images_per_class=args.IPC, **loading),
-        test_loader(test, size, batch_size, **loading),
+    train_batches = train_loader(
+        train, size, batch_size, args.seed, images_per_class=args.IPC, **loading
     )
+    test_batches = test and test_loader(test, size, batch_size, **loading)
+    tested = test and partial(recalls_on, test_batches, test.queries)
     description = run_folder.claim(args, new=checkpoint is None)
     run_id, process = description.get("wandb_id"), describe_process(argv, device)
     description = {**process, "flags": vars(args), "resumed": [], **description}
@@ -203,14 +238,16 @@ def main(argv=None):
     with Stop() as stop, track(args, mode, run_folder.folder, run_id) as wandb_run:
         description["wandb_id"] = wandb_run.id if wandb_run else run_id
         run_folder.start(description, training.history if checkpoint else None)
-        train_from(epoch, training, loaders, run_folder, stop, wandb_run)
+        run_folder.require_room(bytes_needed(training))
+        train_from(epoch, training, train_batches, tested, run_folder, stop, wandb_run)
+    run_folder.previous.unlink(missing_ok=True)  # a finished run needs no second one
     print(summary(training.history), end="")
     print(f"run folder: {run_folder.folder}")
 
 
-def train_from(epoch, training, loaders, run_folder, stop, wandb_run):
+def train_from(epoch, training, train_batches, tested, run_folder, stop, wandb_run):
     while epoch.number < training.args.epochs:
-        result = run_epoch(training, *loaders, epoch, run_folder, stop)
+        result = run_epoch(training, train_batches, tested, epoch, run_folder, stop)
         print_result(result)
         if wandb_run:
             fractions = {key: value / 100 for key, value in recalls_of(result).items()}

@@ -1,6 +1,7 @@
 """What every script does: errors in one line, signals, progress, seeds, the device."""
 
 import contextlib
+import difflib
 import errno
 import io
 import os
@@ -31,12 +32,12 @@ NOT_OUR_BUGS = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP,
                 errno.EROFS}  # fmt: skip
 
 
-def run(main):
+def run(main, name=None):
     """Call `main` as a script and exit with its result; our own bugs keep their traceback."""
 
     def end(status, line):
         with contextlib.suppress(OSError):  # the disk under stderr may be full as well
-            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+            print(f"{name or Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         sys.exit(status)
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -45,6 +46,10 @@ def run(main):
         sys.exit(main())
     except UserError as error:
         end(2, f"error: {' '.join(str(error).split())}")
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        end(2, f"error: the GPU's memory is full, use a smaller --batch-size or --image-size; the "
+               f"last checkpoint is good ({reason})")  # fmt: skip
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):  # raised wherever the process then is
             raise
@@ -109,6 +114,12 @@ def plural(count, word):
     return f"{count:,} {word if count == 1 else many}"
 
 
+def nearest(word, known):
+    """`; did you mean X?` for the end of an error, or nothing where none of `known` is near."""
+    near = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def progress(iterable, total, label):
     """A tqdm bar on a terminal; elsewhere a plain line every half minute."""
     if sys.stderr.isatty():
@@ -136,6 +147,8 @@ def generator(*key):
 def choose_device(gpu_id):
     """`--gpu-id` -> torch.device. -1 asks for all GPUs, which is only possible with one so far."""
     count = torch.cuda.device_count()
+    if count == 0 and gpu_id > 0:
+        raise UserError(f"--gpu-id {gpu_id}: this machine has no CUDA device")
     if count == 0:
         warn(f"--gpu-id {gpu_id}: no CUDA device here, running on the CPU")
         return torch.device("cpu")

@@ -1,65 +1,129 @@
 """The data sets, under one name each: `load(name, root, split)`.
 
-Each is a module with `read(root) -> {split: [(path, class name)]}`, the KS of its Recall@K, and,
-where there is one, its PUBLISHED split.
+Each is a module with `read(root) -> {split: [(path, class name)]}` and the KS of its Recall@K.
+Published ones also have their PUBLISHED counts, and as RECIPE the flags of their published command
+that are not every data set's default; users' own are marked OWN.
 """
 
-from dataset import cars, cub, demo, sop
+from collections import Counter
+from pathlib import Path
+
+from dataset import cars, cub, demo, folder, inshop, sop, table
 from dataset.files import on_disk
 from dataset.images import ImageSet
-from utils import UserError, plural, warn
+from utils import UserError, nearest, plural, warn
 
-DATASETS = {"cub": cub, "cars": cars, "SOP": sop, "demo": demo}
+DATASETS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "demo": demo, "folder": folder}
 ALIASES = {"car": "cars"}  # differs: the script does not know the name its README uses
+CHOICES = f"{', '.join(DATASETS)}, or a list FILE.csv or FILE.tsv"
 
 
 def canonical_name(name):
-    """The one spelling of a data set's name that folders and wandb projects use."""
+    """The one spelling of a data set's name that folders and wandb projects use; a list's path."""
+    if name.lower().endswith(table.SUFFIXES):
+        return name
     spellings = {known.lower(): known for known in DATASETS} | ALIASES
     if name.lower() not in spellings:
-        raise UserError(f"--dataset {name}: unknown data set, choose from {', '.join(DATASETS)}")
+        near = nearest(name.lower(), spellings)
+        raise UserError(f"--dataset {name}: unknown data set{near}; choose from {CHOICES}")
     return spellings[name.lower()]
 
 
-def ks(name):
-    """The K for which this data set's Recall@K is published."""
-    return DATASETS[canonical_name(name)].KS
+def module_of(name):
+    return DATASETS.get(canonical_name(name), table)
 
 
-def load(name, root, split, transform=None):
-    """One split of a data set, `train` or `test`, as an ImageSet, in any layout it comes in.
+def title(name):
+    """What a run folder and a wandb project call it: a list by its file's name."""
+    return Path(name).stem if module_of(name) is table else canonical_name(name)
 
-    Warns where the files found are not the published ones: a subset is a fine thing to train on.
-    Raises UserError when there are none, naming every path tried.
-    """
-    splits = read(name, root)
-    if split not in splits:
-        raise ValueError(f"{name} has the splits {', '.join(splits)}, not {split}")
-    items, missing = on_disk(splits[split])
-    if not items:
-        such_as = f": none of the listed files is there, such as {missing[0]}" if missing else ""
-        raise UserError(f"{name} {split}: there are no images{such_as}")
-    difference = unlike_published(name, split, items)
-    if difference:
-        warn(difference)
-    return ImageSet(items, transform)
+
+def ks(name, chosen=None):
+    """The K of Recall@K: the chosen ones, else those for which the data set's is published."""
+    return sorted(set(chosen or module_of(name).KS))
 
 
 def read(name, root):
     """{split: [(path, class name)]}: what the data set's folders or lists name."""
+    module = module_of(name)
     try:
-        return DATASETS[canonical_name(name)].read(root)
+        return module.read(name if module is table else root)
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from error
+
+
+def prepare(name, root):
+    """Make what can be made: train.py calls this, the demo draws its images."""
+    if hasattr(module_of(name), "prepare"):
+        module_of(name).prepare(root)
+
+
+def load(name, root, split, transform=None):
+    """One split of a data set as an ImageSet, in any layout it comes in: `train`, or `test`, which
+    is `query` and then `gallery` where there are those, or `all` that there is.
+
+    Warns where the files found are not the published ones: a subset is a fine thing to train on.
+    Raises UserError when there are none, naming every path tried.
+    """
+    return image_set(name, read(name, root), split, transform)
+
+
+def image_set(name, splits, split, transform=None):
+    """`load` for what `read` has found."""
+    against_gallery = split == "test" and "gallery" in splits
+    parts = ["query", "gallery"] if against_gallery else list(splits) if split == "all" else [split]
+    items = [on_disk_of(name, splits, part) for part in parts]
+    queries = len(items[0]) if against_gallery else None
+    images = ImageSet([item for part in items for item in part], transform, queries)
+    if hasattr(module_of(name), "OWN"):
+        warn_of_oddities(name, split, images, splits)
+    return images
+
+
+def on_disk_of(name, splits, part):
+    """The images of a split that are there."""
+    items, missing = on_disk(splits.get(part, ()))
+    if not items:
+        reason = f", there are only {' and '.join(splits)}" if part not in splits else ""
+        if missing:
+            reason = f": none of the listed files is there, such as {missing[0]}"
+        raise UserError(f"{name} {part}: there are no images{reason}")
+    difference = unlike_published(name, part, items)
+    if difference:
+        warn(difference)
+    return items
 
 
 def unlike_published(name, split, items):
     """A line that says how the counts differ from the published split's, or None."""
     found = (len(items), len({label for _, label in items}))
-    published = getattr(DATASETS[canonical_name(name)], "PUBLISHED", {}).get(split, found)
+    published = getattr(module_of(name), "PUBLISHED", {}).get(split, found)
     if found == published:
         return None
     return (
         f"{name} {split}: found {plural(found[0], 'image')} of {plural(found[1], 'class')}, the "
         f"published split has {plural(published[0], 'image')} of {plural(published[1], 'class')}"
     )
+
+
+def warn_of_oddities(name, split, images, splits):
+    """What a folder or list of one's own may hold by mistake, by name and count."""
+
+    def say(what, classes):
+        if classes:
+            names = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+            warn(f"{title(name)} {split}: {plural(len(classes), 'class')} {what}: {names}")
+
+    labels, classes = images.labels.tolist(), images.classes
+    counts = Counter(labels[images.queries or 0 :])  # of those among which matches are looked for
+    need = 1 if images.queries else 2
+    unmatched = [classes[label] for label in sorted(set(labels[: images.queries]))
+                 if counts[label] < need]  # fmt: skip
+    if split in ("train", "all"):
+        say("of one image", unmatched)
+        return
+    say("without a match for a query", unmatched)
+    if len(unmatched) == len(set(labels[: images.queries])):
+        warn(f"{title(name)} {split}: no query has a match, so every recall will be 0")
+    trained = {label for _, label in splits.get("train", ())}
+    say("also in train, so not unseen", [name for name in classes if name in trained])

@@ -1,5 +1,7 @@
 """Cars-196 (Krause et al., 2013): 196 car models, in any of the three forms it was published."""
 
+from functools import partial
+
 from scipy.io import loadmat
 
 from dataset.files import beside, class_folders, first_existing, halves, require_size
@@ -7,6 +9,7 @@ from utils import UserError
 
 KS = (1, 2, 4, 8, 16, 32)
 PUBLISHED = {"train": (8054, 98), "test": (8131, 98)}  # images, classes
+RECIPE = {"lr_decay_step": 20}
 
 FOLDERS = (".", "car", "cars196")
 TRAIN_LIST, TEST_LIST = "cars_train_annos.mat", "cars_test_annos_withlabels.mat"
@@ -36,9 +39,12 @@ def read_annotations(file):
         annotations = mat["annotations"].ravel()
         path, label = annotations.dtype.names[0], annotations.dtype.names[5]
         names = class_names(mat.get("class_names"))
-        return [(str(row[path].item()), names(int(row[label].item()))) for row in annotations]
+        return [
+            (beside(file, str(row[path].item())), names(int(row[label].item())))
+            for row in annotations
+        ]
 
-    return [(beside(file, path), name) for path, name in parse_mat(file, parse)]
+    return parse_mat(file, parse)
 
 
 def read_devkit(folder):
@@ -46,15 +52,16 @@ def read_devkit(folder):
     meta = folder / "cars_meta.mat"
     names = class_names(parse_mat(meta, lambda mat: mat["class_names"]) if meta.exists() else None)
 
-    def parse(mat):
-        rows = mat["annotations"].ravel()
-        return [(str(row["fname"].item()), names(int(row["class"].item()))) for row in rows]
+    def parse(images, mat):
+        return [
+            (beside(folder, f"{images}/{row['fname'].item()}"), names(int(row["class"].item())))
+            for row in mat["annotations"].ravel()
+        ]
 
     items = []
     for images, name in (("cars_train", TRAIN_LIST), ("cars_test", TEST_LIST)):
         file = first_existing(folder, (name, f"../{name}"), "cars dev-kit")
-        listed = parse_mat(file, parse)
-        items += [(beside(folder, f"{images}/{path}"), name) for path, name in listed]
+        items += parse_mat(file, partial(parse, images))
     return items
 
 

@@ -14,6 +14,8 @@ from dataset.loader import in_parallel
 from flags import Parser, at_least
 from utils import UserError, plural, run
 
+PROGRAM = "python -m dataset.check"
+
 
 def look_at(path):
     """(SHA-256 of the file or None, what is wrong with the image or None)."""
@@ -41,33 +43,41 @@ def oddity(path, image):
 
 def check(name, root, workers):
     """All problems of a data set, a line each."""
-    problems, digests, seen = [], {}, 0
+    problems, found, seen = [], {}, 0
     for split, listed in dataset.read(name, root).items():
         items, missing = on_disk(listed)
-        paths = [path for path, _ in items]
         problems += filter(None, [dataset.unlike_published(name, split, items)])
         problems += [f"{path}: listed, but not there" for path in missing]
+        paths = [path for path, _ in items]
         looks = in_parallel(look_at, paths, workers, f"{name} {split}")
         problems += [problem for _, problem in looks if problem]
-        digests[split] = {}
-        for path, (digest, _) in zip(paths, looks):
-            digests[split].setdefault(digest, []).append(path)
+        for (path, class_name), (digest, _) in zip(items, looks):
+            found.setdefault(digest, []).append((path, class_name, split))
         seen += len(paths)
-    in_train = digests.pop("train")
-    for split, in_split in digests.items():
-        for digest in sorted(in_train.keys() & in_split.keys() - {None}):
-            train, other = (", ".join(paths[digest]) for paths in (in_train, in_split))
-            problems.append(f"{train}: the same file is in the {split} half, as {other}")
+    found.pop(None, None)
     print(f"{name}: looked at {plural(seen, 'image')}")
-    return problems
+    return problems + list(filter(None, map(twins, found.values())))
+
+
+def twins(copies):
+    """What is wrong with the places, (path, class name, split), of one and the same file."""
+    paths, classes, splits = ([*dict.fromkeys(part)] for part in zip(*copies))
+    if len(classes) > 1:
+        return f"{', '.join(paths)}: the same file in {len(classes)} classes"
+    if "train" in splits and len(splits) > 1:
+        return f"{', '.join(paths)}: the same file in {' and '.join(splits)}"
+    return None
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(prog=PROGRAM, description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--dataset", default="cub", type=dataset.canonical_name, help="cub, car, SOP, demo")
-    add("--data-root", default="./data", help="folder of the extracted data sets")
-    add("--workers", default=os.cpu_count(), type=at_least(0), help="processes that decode images")
+    add("--dataset", default="cub", type=dataset.canonical_name, metavar="NAME",
+        help=dataset.CHOICES)  # fmt: skip
+    add("--data-root", default="./data", metavar="DIR",
+        help="folder of the data sets, or with --dataset folder of the images")  # fmt: skip
+    add("--workers", default=os.cpu_count(), type=at_least(0), metavar="N",
+        help="processes that decode images")  # fmt: skip
     args = parser.parse_args(argv)
     problems = check(args.dataset, args.data_root, args.workers)
     for problem in problems:
@@ -77,4 +87,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, PROGRAM)

@@ -13,19 +13,29 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from dataset.files import class_folders, halves
+from utils import UserError
 
 KS = (1, 2, 4, 8)
+RECIPE = {"weights": "none", "image_size": 64, "lr_decay_step": 8, "warm": 0, "bn_freeze": False}
 IMAGES_PER_CLASS = 40
 SIZE = 80  # pixels of a generated JPEG's side
 CANVAS = 128  # shapes and textures are drawn larger, then turned and scaled down
 
 
 def read(root):
-    """The images are drawn first if they are not there yet."""
     folder = Path(root, "demo", "images")
     if not folder.exists():
-        generate(folder)
+        raise UserError(f"{folder}: not drawn yet; train.py --dataset demo does")
     return halves(class_folders(folder), folder)
+
+
+def prepare(root):
+    """Draw the images if they are not there yet."""
+    folder = Path(root, "demo", "images")
+    if not Path(root).is_dir() and Path(root) != Path("data"):
+        raise UserError(f"--data-root {root}: no such folder")
+    if not folder.exists():
+        generate(folder)
 
 
 def generate(folder, seed=0):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils import UserError
+from utils import UserError, warn
 
 # what torchvision's ImageFolder takes for an image
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
@@ -15,6 +15,10 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]  # Pillow would run PostScript
 
 MAX_BYTES = 2**28  # Pillow's limit of 89 million pixels is as many bytes; lists are far smaller
+
+
+class UnreadableImage(UserError):
+    """An image file that is damaged, or not one that is read."""
 
 
 def require_size(path):
@@ -52,7 +56,7 @@ def opened(path):
                     raise ValueError(f"its sides, {image.size}, are too unequal")
                 yield image
     except Exception as error:  # decoders fail in many ways, all of them the file's
-        raise UserError(f"{path}: not an image that can be read ({error})") from error
+        raise UnreadableImage(f"{path}: not an image that can be read ({error})") from error
 
 
 def is_deep(tile):
@@ -70,26 +74,72 @@ def first_existing(root, candidates, name):
     for path in tried:
         if path.is_file() or path.is_dir() and any(child.is_dir() for child in path.iterdir()):
             return path
+    above = [folder for folder in Path(root).absolute().parents[:2]
+             if any((folder / candidate).exists() for candidate in candidates)]  # fmt: skip
+    instead = f"; there is one under --data-root {above[0]}" if above else ""
     raise UserError(
-        f"no {name} data set under --data-root {root}: tried {', '.join(map(str, tried))}"
+        f"no {name} data set under --data-root {root}: tried {', '.join(map(str, tried))}{instead}"
     )
 
 
+def is_leftover(path):
+    """What systems and archives leave behind."""
+    return path.name.startswith(".") or path.name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
 def class_folders(folder):
-    """[(path, class name)] of the images in `folder`'s subfolders, by name of class and of file."""
-    return [
-        (str(path), sub.name)
-        for sub in sorted(Path(folder).iterdir(), key=lambda path: path.name)
-        if sub.is_dir() and not sub.name.startswith("._")
-        for path in sorted(sub.iterdir(), key=lambda path: path.name)
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("._")
-    ]
+    """[(path, class name)] of the images in `folder`'s subfolders, by name of class and of file.
+    What else is there is counted in one line."""
+    items, skipped = [], {}
+    for sub in listing(folder):
+        if not sub.is_dir():
+            skipped.setdefault("files beside the class folders", []).append(sub)
+            continue
+        for path in listing(sub):
+            if path.suffix.lower() in SUFFIXES:
+                items.append((str(path), sub.name))
+            else:
+                what = "folders inside a class folder" if path.is_dir() else f"*{path.suffix}"
+                skipped.setdefault(what, []).append(path)
+    if skipped:
+        kinds = (f"{what} ({len(paths):,}, such as {paths[0]})" for what, paths in skipped.items())
+        warn(
+            f"{folder}: skipped {', '.join(kinds)}; images are CLASS/NAME, and end in "
+            f"{' '.join(sorted(SUFFIXES))}"
+        )
+    return items
+
+
+def listing(folder):
+    paths = (path for path in Path(folder).iterdir() if not is_leftover(path))
+    return sorted(paths, key=lambda path: path.name)
+
+
+def parse_list(file, parse, form, header):
+    """[parse(fields)] of the lines of a list after the `header`, whose first word is that of
+    `form`; a UserError names the line that parse refuses with a ValueError."""
+    try:
+        require_size(file)
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a list that can be read ({error})") from error
+    if len(lines) < header or form.split()[0] not in lines[header - 1]:
+        # else the first image would be taken for it
+        raise UserError(f"{file}, line {header}: must be the header `{form}`")
+    parsed = []
+    for number, line in enumerate(lines[header:], start=header + 1):
+        if line.strip():
+            try:
+                parsed.append(parse(*line.split()))
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{file}, line {number}: must be `{form}` ({error})") from error
+    return parsed
 
 
 def beside(list_file, relative):
-    """The path of a file that a list names, which cannot lead out of the list's folder."""
+    """The path of a file that a list names; ValueError if it leads out of the list's folder."""
     if os.path.isabs(relative) or ".." in Path(relative).parts:
-        raise UserError(f"{list_file}: the path {relative} leaves the data set's folder")
+        raise ValueError(f"the path {relative} leaves the data set's folder")
     return os.path.join(list_file.parent, relative)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dataset.augment import crop_and_flip, draw, resize_and_crop
+from dataset.files import UnreadableImage
 from dataset.sampler import EpochBatches
 from utils import UserError, progress
 
@@ -98,7 +99,8 @@ def raising(loader):
         if isinstance(batch, UserError):
             # A new one: raising `batch` itself would make a cycle with this frame, and the loader
             # in it would be collected in an order in which its workers are not told to stop.
-            raise UserError(str(batch))
+            hint = "; `python -m dataset.check` lists all such files"
+            raise type(batch)(f"{batch}{hint if isinstance(batch, UnreadableImage) else ''}")
         yield batch
 
 

@@ -1,10 +1,10 @@
 """Stanford Online Products (Oh Song et al., 2016): 22,634 products, lists for train and test."""
 
-from dataset.files import beside, first_existing, require_size
-from utils import UserError
+from dataset.files import beside, first_existing, parse_list
 
 KS = (1, 10, 100, 1000)
 PUBLISHED = {"train": (59551, 11318), "test": (60502, 11316)}  # images, classes
+RECIPE = {"lr_decay_step": 20, "lr_decay_gamma": 0.25, "bn_freeze": False}
 
 
 def read(root):
@@ -14,18 +14,10 @@ def read(root):
 
 def read_list(root, name):
     file = first_existing(root, (f"Stanford_Online_Products/{name}", f"sop/{name}"), "SOP")
-    try:
-        require_size(file)
-        header, *lines = file.read_text().splitlines()
-        if "image_id" not in header:
-            raise ValueError("the header is missing")  # the first image would be taken for it
-        rows = [line.split() for line in lines if line.strip()]
-        items = [(path, int(class_id)) for _, class_id, _, path in rows]
-        if not all(class_id > 0 for _, class_id in items):
+
+    def parse(image_id, class_id, super_class_id, path):
+        if int(class_id) < 1:
             raise ValueError("class ids are counted from 1")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file}: each line after the header must be `image_id class_id super_class_id path` "
-            f"({error})"
-        ) from error
-    return [(beside(file, path), f"{class_id:05d}") for path, class_id in items]
+        return beside(file, path), f"{int(class_id):05d}"
+
+    return parse_list(file, parse, "image_id class_id super_class_id path", header=1)

@@ -1,7 +1,6 @@
 """The embedding network: a backbone, its pooling, the one or two linear heads."""
 
 import copy
-import difflib
 
 import torch
 from torch import nn
@@ -9,7 +8,7 @@ from torch import nn
 from net.backbones import BACKBONES, TIMM, create_backbone
 from net.weights import load_strictly, load_weights
 from storage import read_checkpoint
-from utils import UserError
+from utils import UserError, nearest
 
 
 def l2_normalize(x):
@@ -91,11 +90,8 @@ class EmbeddingNet(nn.Module):
 def model_name(name):
     """--model's type: a row of BACKBONES, or timm/NAME."""
     if name not in BACKBONES and not name.startswith(TIMM):
-        near = difflib.get_close_matches(name, BACKBONES, 1)
-        raise UserError(
-            f"--model {name}: choose from {', '.join(BACKBONES)} and {TIMM}NAME"
-            + (f"; did you mean {near[0]}?" if near else "")
-        )
+        near = nearest(name, BACKBONES)
+        raise UserError(f"--model {name}: choose from {', '.join(BACKBONES)} and {TIMM}NAME{near}")
     return name
 
 

@@ -1,6 +1,5 @@
 """The backbones, each with what it is fed: a row of BACKBONES, or any of timm's models."""
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from torch import nn
 from net.bn_inception import BNInception
 from net.weights import download
 from storage import read_checkpoint
-from utils import UserError
+from utils import UserError, nearest
 
 TIMM = "timm/"
 
@@ -69,11 +68,9 @@ def timm_model(name):
     import timm  # takes a second, and only these need it
 
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), 1)
-        raise UserError(
-            f"--model {TIMM}{name}: timm has no such model"
-            + (f"; did you mean {TIMM}{near[0]}?" if near else "; timm.list_models() lists them")
-        )
+        near = nearest(f"{TIMM}{name}", [f"{TIMM}{known}" for known in timm.list_models()])
+        near = near or "; timm.list_models() lists them"
+        raise UserError(f"--model {TIMM}{name}: timm has no such model{near}")
     try:
         network = timm.create_model(name, num_classes=0, dynamic_img_size=True)
     except TypeError:  # it has no tokens of positions to adapt

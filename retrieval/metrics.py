@@ -18,6 +18,9 @@ def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk
     without a match counts as a miss and is reported. Similarities exist in tiles of chunk_size^2.
     """
     itself = gallery is None
+    _require_fit(embeddings, labels)
+    if not itself or gallery_labels is not None:
+        _require_fit(gallery, gallery_labels, embeddings.shape[1])
     if not embeddings.isfinite().all() or not itself and not gallery.isfinite().all():
         raise ValueError("recall_at_k: the embeddings are not all finite")
     query = _sorted_by_label(embeddings, labels)
@@ -38,6 +41,14 @@ def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk
     if unmatched:
         warn(f"{unmatched:,} of {plural(len(best), 'query')} have no match and count as misses")
     return {k: ((most < k) & best.isfinite()).sum().item() / len(best) for k in ks}
+
+
+def _require_fit(x, labels, d=None):
+    shapes = [None if part is None else tuple(part.shape) for part in (x, labels)]
+    if x is None or labels is None or x.ndim != 2 or labels.shape != x.shape[:1]:
+        raise ValueError(f"recall_at_k: embeddings {shapes[0]} and labels {shapes[1]} do not fit")
+    if d not in (None, x.shape[1]):
+        raise ValueError(f"recall_at_k: embeddings of {d} and a gallery of {x.shape[1]} dimensions")
 
 
 def _sorted_by_label(x, labels):

@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from flags import parse_stored
+from flags import flag_of, parse_stored
 from utils import UserError
 
 # The optimiser of a continued run has made its steps in another process.
@@ -32,6 +32,19 @@ def capture(training, partial=None):
     }
 
 
+def network_alone(checkpoint):
+    """Of a checkpoint, what evaluates: the network, and what rebuilds it."""
+    return {part: checkpoint[part] for part in ("model_state_dict", "args", "history", "images")}
+
+
+def bytes_needed(training):
+    """What a run's checkpoints take on the disk at most: best, last, the one before, the next."""
+    network = sum(tensor.nbytes for tensor in training.model.state_dict().values())
+    proxies = sum(tensor.nbytes for tensor in training.criterion.state_dict().values())
+    trained = sum(p.nbytes for group in training.optimizer.param_groups for p in group["params"])
+    return network + 3 * (network + proxies + 2 * trained)  # an optimiser has up to two moments
+
+
 def require_finite(training):
     """An update can overflow where loss and gradient did not; that is not to be saved."""
     modules, moments = (training.model, training.criterion), training.optimizer.state.values()
@@ -50,7 +63,8 @@ def restore(training, checkpoint, path):
     if checkpoint["images"] != training.images:
         raise UserError(
             f"{path}: the run was started with other images than those in --data-root "
-            f"{training.args.data_root}, so it cannot be continued with them"
+            f"{training.args.data_root}: put back what was removed or renamed, take away what was "
+            f"added, or start a new run from its network with --weights {path}"
         )
     try:
         training.model.load_state_dict(checkpoint["model_state_dict"])
@@ -62,32 +76,48 @@ def restore(training, checkpoint, path):
         raise UserError(f"{path}: its state is not that of this run ({error})") from error
 
 
-def flags_to_continue_with(parser, given, checkpoint, path):
+def flags_to_continue_with(parser, given, flags, path):
     """The flags that the run was started with, and, of those given now, the free ones."""
-    if PARTS - checkpoint.keys():
-        raise UserError(
-            f"--resume {path}: this checkpoint cannot be continued: it lacks "
-            f"{', '.join(sorted(PARTS - checkpoint.keys()))}, as published ones and those of "
-            f"earlier versions do; evaluate.py takes it, and --weights {path} starts a new run "
-            "from its network"
-        )
     try:
-        progress_of(checkpoint)
-        [result["R@1"] + 0 for result in checkpoint["history"]]
-        stored = parse_stored(parser, checkpoint["args"], path)
-    except (AttributeError, LookupError, TypeError) as error:
-        raise UserError(f"{path}: its partial, history or args are not a run's") from error
+        stored = parse_stored(parser, flags, path)
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{path}: its args are not a run's") from error
     for name, value in given.items():
         if name not in FREE_ON_RESUME and getattr(stored, name) != value:
             raise UserError(
-                f"--{name.replace('_', '-')} {value}: the run of {path} was started with "
+                f"{flag_of(name)} {value}: the run of {path} was started with "
                 f"{getattr(stored, name)}; leave the flag out, or start another run"
             )
         setattr(stored, name, value)
     return stored
 
 
+def require_parts(checkpoint, path, parts):
+    """UserError for what is no checkpoint that a run can go on from."""
+    lacking = ", ".join(sorted(parts - checkpoint.keys()))
+    if lacking:
+        raise UserError(
+            f"--resume {path}: this checkpoint cannot be continued: it lacks {lacking}, as "
+            "published ones, best ones alone and those of earlier versions do; evaluate.py takes "
+            f"it, and --weights {path} starts a new run from its network"
+        )
+    try:
+        progress_of(checkpoint)
+        [result["epoch"] + result.get("R@1", 0) for result in checkpoint["history"]]
+    except (AttributeError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: its partial or history are not a run's") from error
+
+
 def progress_of(checkpoint):
-    """Orders the checkpoints of a run."""
-    partial = checkpoint["partial"]
+    """(finished epochs, steps of the one begun): orders the checkpoints of a run."""
+    partial = checkpoint.get("partial")
     return len(checkpoint["history"]), partial["step"] + 0 if partial else 0
+
+
+def epoch_of(checkpoint):
+    """The epoch, from 0, in which a checkpoint's network was last trained; None if it does not
+    say."""
+    if not isinstance(checkpoint.get("history"), list):
+        return None
+    done, steps = progress_of(checkpoint)
+    return done - (steps == 0)

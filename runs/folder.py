@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from runs.results import best_of, summary
+from runs.checkpoint import network_alone
+from runs.results import best_of, recalls_of, summary
 from storage import read_checkpoint, temporary_of, write_atomically, write_checkpoint, write_json
 from utils import UserError, warn
 
@@ -17,9 +19,9 @@ LOCK_SECONDS = 10  # before version 4 of filelock, a killed run's workers hold i
 class RunFolder:
     """Where a run's files are; every file is replaced whole, never written in place."""
 
-    def __init__(self, folder, args):
+    def __init__(self, folder, name):
+        """`name`, of the data set and the network, begins its files' names."""
         self.folder = Path(folder)
-        name = f"{args.dataset}_{args.model.replace('/', '_')}"
         self.best = self.folder / f"{name}_best.pth"
         self.last = self.folder / f"{name}_last.pth"
         self.previous = self.folder / f"{name}_previous.pth"
@@ -86,15 +88,14 @@ class RunFolder:
         """Save a finished epoch. What --resume reads comes last, so that an interrupted save is
         an epoch that never happened."""
         history = checkpoint["history"]
-        if best_of(history) is history[-1]:
-            write_checkpoint(self.best, checkpoint)
+        if recalls_of(history[-1]) and best_of(history) is history[-1]:
+            write_checkpoint(self.best, network_alone(checkpoint))
         self.write_results(history)
         self.save(checkpoint)
 
     def newest_checkpoint(self):
         """(path, checkpoint) of the newest that is not damaged, or None if there is none at all."""
-        existing = [path for path in (self.last, self.previous, self.best) if path.exists()]
-        for path in existing:
+        for path in filter(Path.exists, (self.last, self.previous)):
             try:
                 checkpoint = read_checkpoint(path)
             except UserError as error:
@@ -105,8 +106,18 @@ class RunFolder:
                 put_aside(self.last, ".damaged")
             return path, checkpoint
         if self.in_use():
-            raise UserError(f"--resume: no checkpoint in {self.folder} can be read")
+            raise UserError(f"--resume: no checkpoint in {self.folder} can be continued")
         return None
+
+    def require_room(self, needed):
+        """UserError, before the first epoch, where the disk has no room for a run's checkpoints."""
+        there = sum(file.stat().st_size for file in self.files if file.exists())
+        free = shutil.disk_usage(self.folder).free + there
+        if free < needed:
+            raise UserError(
+                f"{self.folder}: a run's checkpoints take up to {needed / 1e6:,.0f} MB, and "
+                f"{free / 1e6:,.0f} MB are free; use another --LOG_DIR"
+            )
 
 
 def put_aside(file, suffix):
@@ -116,11 +127,11 @@ def put_aside(file, suffix):
         raise UserError(f"{file}: cannot be renamed to {file}{suffix} ({error.strerror})") from None
 
 
-def run_folder_path(args):
-    seed = "" if args.seed == 1 else f"_seed{args.seed}"
-    name = (
-        f"{args.model.replace('/', '_')}_{args.loss}_embedding{args.embedding_size}"
-        f"_al{args.al}_be{args.be}_gam{args.gam}_{args.optimizer}_lr{args.lr}"
-        f"_batch{args.batch_size}{seed}{args.remark}"
-    )
-    return Path(args.LOG_DIR, f"logs_{args.dataset}", name)
+def checkpoint_in(path, kinds):
+    """The path itself, or, of a run folder, that of its first checkpoint of these kinds."""
+    if not os.path.isdir(path):
+        return path
+    for kind in kinds:
+        for found in Path(path).glob(f"*_{kind}.pth"):
+            return str(found)
+    raise UserError(f"{path}: a folder without a run's checkpoints")

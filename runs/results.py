@@ -68,9 +68,9 @@ def result_of(training, epoch, steps, recalls, seconds_eval):
 
 
 def print_result(result):
-    recalls = "  ".join(f"{key} {value:.2f}" for key, value in recalls_of(result).items())
+    recalls = "".join(f"{key} {value:.2f}  " for key, value in recalls_of(result).items())
     print(
-        f"epoch {result['epoch']}  loss {result['loss']:.4f}  {recalls}  "
+        f"epoch {result['epoch']}  loss {result['loss']:.4f}  {recalls}"
         f"({result['seconds']:.1f} s: data {result['seconds_data']:.1f}, steps "
         f"{result['seconds_step']:.1f}, evaluation {result['seconds_eval']:.1f}; "
         f"{result['images_per_second']:.0f} images/s)",
@@ -79,8 +79,9 @@ def print_result(result):
 
 
 def best_of(history):
-    """The first epoch with the greatest R@1."""
-    return max(history, key=lambda result: result["R@1"])
+    """The first epoch with the greatest R@1, or R@K of the least K there is."""
+    k = next(iter(recalls_of(history[-1])))
+    return max(history, key=lambda result: result[k])
 
 
 def recalls_of(result):
@@ -89,6 +90,10 @@ def recalls_of(result):
 
 def summary(history):
     """The published script's result file, with the last epoch beside the best."""
+    if not recalls_of(history[-1]):
+        return (
+            f"Last Epoch: {history[-1]['epoch']}\nTrained on all classes: none is left to test.\n"
+        )
     lines = []
     for title, result in (("Best", best_of(history)), ("Last", history[-1])):
         lines.append(f"{title} Epoch: {result['epoch']}")

@@ -1,5 +1,6 @@
 """Where a run is written, what it is continued from, and what it takes to state it again."""
 
+import json
 import os
 import platform
 import shlex
@@ -9,61 +10,121 @@ from pathlib import Path
 
 import torch
 
-from runs.checkpoint import flags_to_continue_with, progress_of
-from runs.folder import RunFolder, run_folder_path
+from flags import VERSION
+from runs.checkpoint import (
+    FREE_ON_RESUME,
+    PARTS,
+    flags_to_continue_with,
+    progress_of,
+    require_parts,
+)
+from runs.folder import RunFolder, checkpoint_in
+from runs.naming import difference, file_prefix, run_folder_path, settings
 from storage import read_checkpoint
 from utils import UserError, warn
 
 
 def open_run(parser, args, given):
     """(flags, RunFolder, checkpoint or None): where to write, and what to continue from."""
-    if len(os.fsencode(run_folder_path(args).name)) > 255:
+    folder = run_folder_path(args, parser)
+    if len(os.fsencode(folder.name)) > 255:
         raise UserError(f"--remark {args.remark}: too long, it ends a folder's name")
-    if args.resume:
-        return open_checkpoint(parser, args, given)
-    run_folder = RunFolder(run_folder_path(args), args)
-    if args.resume is None:
-        # differs: the script silently loads an old best checkpoint from the folder
-        if run_folder.in_use() and not args.overwrite:
-            raise UserError(
-                f"{run_folder.folder} already holds a run: continue it with --resume, replace it "
-                "with --overwrite, or name another with --remark"
-            )
-        return args, run_folder, None
-    if not any(file.exists() for file in run_folder.files):
-        raise UserError(f"--resume: there is no run in {run_folder.folder} to continue")
-    run_folder.lock()
-    found = run_folder.newest_checkpoint()
-    if found is None:
-        print(f"nothing of {run_folder.folder} was saved yet: starting at epoch 0")
-        return args, run_folder, None
-    path, checkpoint = found
-    return flags_to_continue_with(parser, given, checkpoint, path), run_folder, checkpoint
-
-
-def open_checkpoint(parser, args, given):
-    """open_run for `--resume PATH`: the run that a checkpoint is of, from its newest one."""
-    try:
-        checkpoint = read_checkpoint(args.resume)
-    except UserError as error:
-        previous = args.resume.replace("_last.pth", "_previous.pth")
-        if previous == args.resume or not Path(previous).is_file():
-            raise
-        raise UserError(f"{error}; the one before it is {previous}") from error
-    args = flags_to_continue_with(parser, given, checkpoint, args.resume)
-    run_folder = RunFolder(Path(args.resume).parent, args)
-    if "LOG_DIR" in given and run_folder_path(args).resolve() != run_folder.folder.resolve():
-        raise UserError(
-            f"--LOG_DIR {args.LOG_DIR}: --resume {args.resume} continues in the checkpoint's "
-            "own folder; leave --LOG_DIR out"
+    if args.resume is not None:
+        return continued_run(
+            parser, args, given, Path(args.resume or find_run(args, given, folder))
         )
+    run_folder = RunFolder(folder, file_prefix(args))
+    # differs: the script silently loads an old best checkpoint from the folder
+    if run_folder.in_use() and not args.overwrite:
+        chosen, _ = settings(args, parser)
+        differing = difference(chosen, stored_flags(folder))
+        raise UserError(
+            f"{folder} already holds a run "
+            + (f"with other flags ({differing}): " if differing else "of the same flags: continue "
+               "it with --resume, ")
+            + "replace it with --overwrite, or name another with --remark"
+        )  # fmt: skip
+    return args, run_folder, None
+
+
+def stored_flags(folder):
+    """The flags in a run's args.json; {} where that cannot be read."""
+    try:
+        return dict(json.loads((folder / "args.json").read_text())["flags"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def find_run(args, given, folder):
+    """What --resume without a path continues: the run of these flags, else the one in --LOG_DIR
+    that was started with all of those given."""
+    if RunFolder(folder, file_prefix(args)).in_use() or stored_flags(folder):
+        return folder
+    given = {name: value for name, value in given.items() if name not in FREE_ON_RESUME}
+    differences = {}
+    for file in sorted(Path(args.LOG_DIR).glob("logs_*/*/args.json")):
+        flags = stored_flags(file.parent)
+        if flags:
+            differences[file.parent] = difference(given, flags)
+    matching = [path for path, differing in differences.items() if not differing]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        raise UserError(
+            f"--resume: {len(matching)} runs were started with these flags; name one of "
+            f"{', '.join(map(str, matching))}"
+        )
+    like_it = min(differences, key=lambda path: differences[path].count("there"), default=None)
+    near = f"; the nearest, {like_it}, differs: {differences[like_it]}" if like_it else ""
+    raise UserError(f"--resume: there is no run in {folder} to continue{near}")
+
+
+def continued_run(parser, args, given, path):
+    """open_run for the run of a checkpoint or of a run folder, from the newest checkpoint in it."""
+    folder = path if path.is_dir() else path.parent
+    if args.resume and "LOG_DIR" in given:
+        raise UserError(
+            f"--LOG_DIR {args.LOG_DIR}: --resume {args.resume} continues in the run's own folder; "
+            "leave --LOG_DIR out"
+        )
+    checkpoint = None
+    if not path.is_dir():
+        checkpoint = read_or_name_previous(path)
+        require_parts(checkpoint, path, {"args", "history"})
+        args = flags_to_continue_with(parser, given, checkpoint["args"], path)
+        run_folder = RunFolder(folder, file_prefix(args))
+    elif any(path.glob("*.pth")):
+        any_of_them = Path(checkpoint_in(path, ("last", "previous", "best")))
+        run_folder = RunFolder(folder, any_of_them.name.rpartition("_")[0])
+    else:
+        if not stored_flags(folder):
+            raise UserError(f"--resume {path}: there is no run in this folder to continue")
+        args = flags_to_continue_with(parser, given, stored_flags(folder), folder)
+        run_folder = RunFolder(folder, file_prefix(args))
+        run_folder.newest_checkpoint()  # there is none, and if there were results that is an error
+        print(f"nothing of {folder} was saved yet: starting at epoch 0")
+        return args, run_folder, None
     run_folder.lock()
     newest = run_folder.newest_checkpoint()
-    if newest and progress_of(newest[1]) > progress_of(checkpoint):
-        print(f"{args.resume} is not the newest of its run: continuing from {newest[0]}")
+    if newest and (not checkpoint or not PARTS <= checkpoint.keys()
+                   or progress_of(newest[1]) > progress_of(checkpoint)):  # fmt: skip
+        if checkpoint:
+            print(f"continuing from {newest[0]}, the newest of the run of {path}")
         path, checkpoint = newest
-        args = flags_to_continue_with(parser, given, checkpoint, path)
+    require_parts(checkpoint, path, PARTS)
+    args = flags_to_continue_with(parser, given, checkpoint["args"], path)
+    args.resume = str(path)
     return args, run_folder, checkpoint
+
+
+def read_or_name_previous(path):
+    try:
+        return read_checkpoint(path)
+    except UserError as error:
+        previous = path.with_name(path.name.replace("_last.pth", "_previous.pth"))
+        if previous == path or not previous.is_file():
+            raise
+        raise UserError(f"{error}; the one before it is {previous}") from error
 
 
 def describe_process(argv, device):
@@ -73,10 +134,13 @@ def describe_process(argv, device):
     return {
         "command": shlex.join(["python", "train.py", *argv]),
         "versions": {
+            "ddml": VERSION,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **{name: version(name) for name in
-               ("torchvision", "timm", "pytorch-metric-learning", "numpy", "pillow")},
+            **{
+                name: version(name)
+                for name in ("torchvision", "timm", "pytorch-metric-learning", "numpy", "pillow")
+            },
         },
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),

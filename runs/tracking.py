@@ -3,8 +3,10 @@
 import contextlib
 import netrc
 import os
+import re
 from urllib.parse import urlparse
 
+import dataset
 from utils import UserError, warn
 
 WANDB_MODES = {"online": "online", "offline": "offline", "disabled": "disabled",
@@ -65,8 +67,9 @@ def track(args, mode, folder, run_id):
 def start_wandb(args, mode, folder, run_id):
     import wandb
 
+    project = re.sub(r"[/\\#?%:]", "_", dataset.title(args.dataset))[:100]  # what wandb forbids
     settings = {
-        "project": f"{args.dataset}_DDML+PA", "name": folder.name, "dir": str(folder),
+        "project": f"{project}_DDML+PA", "name": folder.name, "dir": str(folder),
         "config": vars(args),
     }  # fmt: skip
     try:

@@ -111,6 +111,36 @@ def make_sop(root, folder=SOP, classes=4):
     return root
 
 
+def make_inshop(root, folder="Inshop_Clothes", train=4, test=3):
+    """The list, and images by kind of clothing and item; an item's images are queries or gallery,
+    and one query has no match."""
+    folder, lines = Path(root, folder), []
+    for item in range(1, train + test + 1):
+        for i in range(6):
+            split = "train" if item <= train else "query" if i < 2 else "gallery"
+            name = f"img/WOMEN/Dresses/id_{item:08d}/{i:02d}_1_front.jpg"
+            write_image(folder / "Img" / name, seed=20 * item + i)
+            lines.append(f"{name}      id_{item:08d}   {split}")
+    name = "img/MEN/Denim/id_00000099/01_1_front.jpg"
+    write_image(folder / "Img" / name, seed=999)
+    lines.append(f"{name} id_00000099 query")
+    head = [str(len(lines)), "image_name item_id evaluation_status"]
+    (folder / "Eval").mkdir()
+    (folder / "Eval/list_eval_partition.txt").write_text("\n".join(head + lines) + "\n")
+    return root
+
+
+CLASSES = ["синица", "house wren", 'so-called "auk"', "猫"]
+
+
+def make_folder(root, classes=CLASSES, per_class=8, first=0):
+    """CLASS/NAME, with names in other scripts, spaces and quotes."""
+    for c, name in enumerate(classes, start=first):
+        for i in range(per_class):
+            write_image(Path(root, name, f"фото {i}.jpg"), seed=100 * c + i)
+    return root
+
+
 @pytest.fixture(autouse=True)
 def no_account_no_network(monkeypatch, tmp_path):
     """No wandb account, and torch.hub finds nothing: a test that needs either says so."""

@@ -68,9 +68,9 @@ def same(first, second):
     return first == second
 
 
-def assert_same_run(folder, other):
-    """Both checkpoints, all of their parts but the flags, and metrics.jsonl, times aside."""
-    for which in ("best", "last"):
+def assert_same_run(folder, other, kinds=("best", "last")):
+    """The checkpoints, all of their parts but the flags, and metrics.jsonl, times aside."""
+    for which in kinds:
         first, second = (read_checkpoint(checkpoint_of(side, which)) for side in (folder, other))
         for part in first.keys() - {"args"}:
             assert same(first[part], second[part]), f"{folder}, {which}: {part} differs"

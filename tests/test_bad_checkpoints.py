@@ -89,7 +89,7 @@ CHECKPOINTS = [
     (EVALUATE,  lambda path: path.write_bytes(b"some text\n"),   "not a checkpoint"),
     (EVALUATE,  lambda path: path.write_bytes(pickle.dumps(Malicious())), "not a checkpoint"),
     (EVALUATE,  saved(Malicious()),                              "more than tensors and plain"),
-    (EVALUATE,  replaced_by_folder,                              "not a file"),
+    (EVALUATE,  replaced_by_folder,                              "without a run's checkpoints"),
     (EVALUATE,  lambda path: os.unlink(path) or os.mkfifo(path), "not a file"),
     (EVALUATE,  damaged(lambda data: data[: len(data) // 2]),    "damaged, or"),
     (EVALUATE,  damaged(flip),                                   "its SHA-256 is not the stored"),
@@ -106,8 +106,8 @@ CHECKPOINTS = [
     (TRAIN,     flag("nonsense", 1),                             "stored flags are not valid"),
     (TRAIN,     flag("lr", float("nan")),                        "stored flags are not valid"),
     (TRAIN,     put("args", value=[1]),                          "args are not a run's"),
-    (TRAIN,     put("partial", value="half"),                    "args are not a run's"),
-    (TRAIN,     put("history", value=[{"R@1": "best"}]),         "args are not a run's"),
+    (TRAIN,     put("partial", value="half"),                    "history are not a run's"),
+    (TRAIN,     put("history", value=[{"R@1": "best"}]),         "history are not a run's"),
     (TRAIN,     weight("embedding.bias", torch.zeros(9)),        "its state is not that of this"),
     (TRAIN,     put("criterion_state_dict", value={}),           "its state is not that of this"),
     (TRAIN,     put("optimizer_state_dict", "param_groups", value=[]), "parameter groups"),
@@ -150,7 +150,8 @@ def test_weights_that_are_not_finite_are_of_no_use(capsys, bad, read, flags):
 
 
 @pytest.mark.parametrize("flags, line", [
-    ("",                                              "required: --resume"),
+    ("",                                              "name one checkpoint or run folder"),
+    ("{good} --resume {good}",                        "name one checkpoint or run folder"),
     ("--resume nowhere.pth",                          "nowhere.pth: no such checkpoint"),
     ("--resume /dev/zero",                            "/dev/zero: not a checkpoint"),
     ("--resume {good} --json /nowhere/r.json",        "--json /nowhere/r.json"),

@@ -42,7 +42,7 @@ def test_check_lists_all_problems_at_once_with_their_paths(tmp_path, capsys):
     assert sum("the published split has" in line for line in lines) == 2
     assert sum(line.startswith(f"{torn}: not an image") for line in lines) == 1
     assert sum(line.startswith(f"{empty}: not an image") for line in lines) == 1
-    assert f"{first}, {second}: the same file is in the test half, as {twin}" in lines
+    assert f"{first}, {second}, {twin}: the same file in 3 classes" in lines
 
 
 def test_check_names_images_that_are_not_what_they_say(tmp_path, capsys):

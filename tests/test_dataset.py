@@ -112,7 +112,7 @@ def test_a_data_set_of_ones_own_is_a_module_with_read_and_ks(tmp_path, monkeypat
     monkeypatch.setitem(dataset.DATASETS, "own", own)
     images = dataset.load("own", tmp_path, "train")
     assert images.classes == ["auk", "wren"] and images.labels.tolist() == [1, 0]
-    assert dataset.ks("own") == (1,)
+    assert dataset.ks("own") == [1] and dataset.ks("own", [8, 2]) == [2, 8]
 
 
 def test_mac_leftovers_and_files_beside_the_class_folders_are_no_images(tmp_path):
@@ -390,8 +390,10 @@ def test_a_workers_unreadable_image_reaches_the_user_as_a_user_error(cub, worker
 
 def test_demo_is_drawn_once_in_cubs_layout_with_disjoint_halves(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "IMAGES_PER_CLASS", 2)
-    train = dataset.load("demo", tmp_path, "train")
+    dataset.prepare("demo", tmp_path)
     assert "drawing" in capsys.readouterr().out
+    dataset.prepare("demo", tmp_path)
+    train = dataset.load("demo", tmp_path, "train")
     test = dataset.load("demo", tmp_path, "test")
     assert capsys.readouterr().out == ""
     assert len(train.classes) == len(test.classes) == 12
@@ -401,6 +403,9 @@ def test_demo_is_drawn_once_in_cubs_layout_with_disjoint_halves(tmp_path, monkey
 
 def test_demo_is_the_same_every_time(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "IMAGES_PER_CLASS", 1)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        dataset.prepare("demo", tmp_path / name)
     first, second = (dataset.load("demo", tmp_path / name, "train") for name in "ab")
     assert all(
         Path(a).read_bytes() == Path(b).read_bytes() for a, b in zip(first.paths, second.paths)

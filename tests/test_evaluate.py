@@ -138,6 +138,21 @@ def test_an_embedding_that_is_not_finite_is_refused_not_scored():
         recall_at_k(x, labels, KS)
 
 
+def test_embeddings_labels_and_gallery_that_do_not_fit_are_named():
+    x, labels = torch.ones(48, 4), torch.zeros(48).long()
+    for arguments, both in [
+        ((x, labels[:10], KS), r"\(48, 4\) and labels \(10,\)"),
+        ((x[0], labels[:4], KS), r"\(4,\) and labels \(4,\)"),
+        ((x, labels, KS, x, labels[:9]), r"\(48, 4\) and labels \(9,\)"),
+        ((x, labels, KS, x), r"\(48, 4\) and labels None"),
+        ((x, labels, KS, None, labels), r"None and labels \(48,\)"),
+        ((x, labels, KS, x[:, :3], labels), "embeddings of 4 and a gallery of 3 dimensions"),
+    ]:
+        with pytest.raises(ValueError, match=both):
+            recall_at_k(*arguments)
+    assert recall_at_k(x, labels.int(), (1,)) == {1: 1.0}
+
+
 def test_memory_at_sop_size_stays_below_512_mb():
     """Peak resident memory in a process of its own; 2,000 queries are two rows of tiles."""
     script = """

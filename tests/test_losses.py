@@ -291,3 +291,39 @@ def test_losses_py_alone_in_an_empty_folder_works(tmp_path):
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.stdout == "['agnostic', 'metric', 'specific', 'split']\n", done.stderr
+
+
+# --- what does not fit ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("x, labels, both", [
+    (torch.ones(8, 16), torch.zeros(7).long(), r"\(8, 16\) and labels \(7,\)"),
+    (torch.ones(8, 15), torch.zeros(8).long(), r"\(8, 15\) .* 4 proxies of 16"),
+    (torch.ones(16), torch.zeros(16).long(), r"\(16,\) and labels"),
+    (torch.ones(8, 16), torch.full((8,), 4), "labels from 4 to 4 do not fit 4 proxies"),
+    (torch.ones(8, 16), torch.full((8,), -1), "labels from -1 to -1 do not fit 4 proxies"),
+])  # fmt: skip
+def test_embeddings_labels_and_proxies_that_do_not_fit_are_named(x, labels, both):
+    loss = ProxyAnchor(4, 16)
+    with pytest.raises(ValueError, match=both):
+        loss(x, labels)
+    head = torch.cat([x, x], dim=-1)
+    if x.ndim == 2:
+        good = torch.ones(len(labels), 32)
+        for heads in ((head, good), (good, head), (head, head)):
+            if any(part.shape != (len(labels), 32) for part in heads) or "labels from" in both:
+                with pytest.raises(ValueError, match="do not fit"):
+                    DDML(loss, 1, 1, 1)(*heads, labels)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_labels_of_32_bits_are_labels(name):
+    choice = LOSSES[name]
+    torch.manual_seed(0)
+    loss = choice.make(4, 16, choice.margin, choice.scale)
+    x, labels = torch.randn(8, 16), torch.arange(8) % 4
+    assert torch.equal(loss(x, labels.int()), loss(x, labels))
+    if name in PROXY_LOSSES:
+        heads, noise = torch.randn(2, 8, 32), torch.randn(2, 8, 16)
+        ddml = DDML(loss, 1, 1, 1)
+        assert torch.equal(ddml(*heads, labels.int(), noise)[0], ddml(*heads, labels, noise)[0])

@@ -7,9 +7,10 @@ import sys
 
 import torch
 
+import evaluate
 import train
 from dataset import demo
-from tests.conftest import ROOT, run_folder
+from tests.conftest import ROOT, make_folder, run_folder
 
 
 def python_blocks():
@@ -48,8 +49,24 @@ def test_the_example_runs_in_20_lines():
     assert done.returncode == 0 and done.stdout.count("agnostic") == 3, done.stderr
 
 
-def test_every_file_that_the_readme_names_is_there():
+def test_a_folder_of_ones_own_trains_and_evaluates_with_the_two_commands_shown(here):
+    make_folder(here / "photos", per_class=40)
     text = (ROOT / "README.md").read_text()
+    first = re.search(r"^python train.py (--dataset folder .*)$", text, re.M)[1]
+    second = re.search(r"^python evaluate.py (logs/logs_folder/RUN)$", text, re.M)[1]
+    tiny = "--model toy --weights none --image-size 32 --embedding-size 8 --epochs 1"
+    train.main(shlex.split(f"{first} {tiny} --workers 0 --wandb disabled"))
+    evaluate.main([second.replace("RUN", run_folder(here).name), "--workers", "0"])
+
+
+def test_make_alone_lists_what_there_is():
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = [line.split("\t")[0] for line in done.stdout.splitlines()]
+    assert names == ["make help", "make demo", "make test", "make install"]
+
+
+def test_every_file_that_the_readme_names_is_there():
+    text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
     named = re.findall(r"`([\w/]+\.(?:py|md)|LICENSE)`", text)
     assert len(named) > 10
     folders = ("", "dataset/")  # the map for maintainers names a folder once for several files

@@ -102,4 +102,4 @@ def test_an_error_in_a_run_that_wandb_follows_is_still_one_line(here, capsys):
     make_cub(here / "data")
     (here / "data/CUB_200_2011/images/001.Bird_0/Bird_0003.jpg").write_bytes(b"torn")
     assert "Bird_0003.jpg" in fails(TINY + "--wandb offline", capsys)
-    assert "Bird_0003.jpg" in fails(TINY + "--wandb offline", capsys)  # nothing to lose: not in use
+    assert "Bird_0003.jpg" in fails(TINY + "--wandb offline --resume", capsys)

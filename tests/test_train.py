@@ -13,7 +13,7 @@ import torch
 import evaluate
 import train
 from losses import LOSSES, PROXY_LOSSES
-from runs.folder import run_folder_path
+from runs.naming import run_folder_path
 from runs.results import TERMS
 from tests import kill
 from tests.conftest import (
@@ -70,11 +70,12 @@ def test_published_command_trains_and_its_best_checkpoint_evaluates_to_the_same_
 
     folder = run_folder(here)
     assert folder.parent.name == logs
-    assert folder.name == f"bn_inception_Proxy_Anchor_embedding512_{weights}_batch16"
+    name = f"bn_inception_Proxy_Anchor_embedding512_{weights}_batch16"
+    assert folder.name == f"{name}_size32_weightsnone"
     prefix = f"{logs.removeprefix('logs_')}_bn_inception"
     assert {path.name for path in folder.iterdir()} == {
-        f"{prefix}_best.pth", f"{prefix}_last.pth", f"{prefix}_previous.pth",
-        f"{prefix}_best_results.txt", "args.json", "metrics.jsonl", ".lock",
+        f"{prefix}_best.pth", f"{prefix}_last.pth", f"{prefix}_best_results.txt", "args.json",
+        "metrics.jsonl", ".lock",
     }  # fmt: skip
     records = metrics(folder)
     assert [record["epoch"] for record in records] == [0, 1]
@@ -95,7 +96,11 @@ def test_published_command_trains_and_its_best_checkpoint_evaluates_to_the_same_
 
     evaluate.main(["--resume", str(folder / f"{prefix}_best.pth"), "--json", "recalls.json"])
     recalls = {key: best[key] for key in best if key.startswith("R@")}
-    assert json.loads(Path("recalls.json").read_text()) == recalls
+    found = json.loads(Path("recalls.json").read_text())
+    assert found == {
+        **recalls, "dataset": logs.removeprefix("logs_"), "split": "test",
+        "checkpoint": str(folder / f"{prefix}_best.pth"), "epoch": best["epoch"],
+    }  # fmt: skip
     printed = capsys.readouterr().out
     for key, value in recalls.items():
         assert f"\n{key} : {value:.3f}\n" in printed
@@ -143,7 +148,7 @@ def test_a_resumed_run_ends_in_the_same_numbers_as_one_never_interrupted(here, f
             assert first[key] == second[key], key
     for name in ("cub_toy_last.pth", "cub_toy_best.pth"):
         first, second = torch.load(whole / name), torch.load(run_folder(here) / name)
-        for part in ("model_state_dict", "criterion_state_dict"):
+        for part in first.keys() & {"model_state_dict", "criterion_state_dict"}:
             assert all(torch.equal(first[part][key], second[part][key]) for key in first[part])
 
 
@@ -229,8 +234,9 @@ def test_a_run_with_cached_images_is_the_same_run(here):
 
 
 def test_a_seed_and_a_remark_name_the_folder(here):
-    args = train.build_parser().parse_args(["--seed", "7", "--remark", "_try"])
-    assert run_folder_path(args).name.endswith("_lr0.0001_batch180_seed7_try")
+    parser = train.build_parser()
+    args = parser.parse_args(["--seed", "7", "--remark", "_try"])
+    assert run_folder_path(args, parser).name.endswith("_lr0.0001_batch180_seed7_try")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -268,4 +274,4 @@ def test_it_trains_resumes_and_evaluates_to_the_same_recalls(here, flags):
     evaluate.main(["--resume", str(last), "--workers", "0", "--json", "recalls.json"])
     trained = metrics(run_folder(here))[-1]
     recalls = json.loads(Path("recalls.json").read_text())
-    assert recalls == {key: value for key, value in trained.items() if key.startswith("R@")}
+    assert recalls.items() >= {k: v for k, v in trained.items() if k.startswith("R@")}.items()

@@ -1,0 +1,71 @@
+"""How a run's folder and files are called: the published way, and what else sets it apart."""
+
+from pathlib import Path
+
+import dataset
+from flags import flag_of
+from recipe import own_values
+from runs.checkpoint import FREE_ON_RESUME
+
+# Flags whose values are in the published names, or change nothing but them.
+NAMED = {"dataset", "model", "loss", "embedding_size", "disent", "al", "be", "gam", "optimizer",
+         "lr", "batch_size", "seed", "remark", "deterministic"}  # fmt: skip
+SHORT = {"data_root": "", "image_size": "size", "lr_decay_step": "decay", "lr_decay_gamma": "gamma",
+         "weight_decay": "wd", "proxy_lr_factor": "proxylr", "train_on": "on"}  # fmt: skip
+
+
+def settings(args, parser):
+    """{flag: value} of all flags that change what is computed, and the same of what is usual: in
+    the data set's published command, else by default."""
+    module = dataset.module_of(args.dataset)
+    names = vars(args).keys() - FREE_ON_RESUME
+    if hasattr(module, "OWN"):
+        names |= {"data_root"}  # it says which images, not only where
+    usual = {name: parser.get_default(name) for name in names}
+    usual |= own_values(args.loss) | getattr(module, "RECIPE", {})
+    chosen = {name: getattr(args, name) for name in sorted(names)}
+    for name in own_values(args.loss):
+        if chosen[name] is None:
+            chosen[name] = usual[name]
+    if not args.disent:
+        chosen |= {"al": 0.0, "be": 0.0, "gam": 0.0}  # whatever they are, they weigh nothing
+    return chosen, usual
+
+
+def run_folder_path(args, parser):
+    """The published name for published settings; a flag that differs from them is appended."""
+    chosen, usual = settings(args, parser)
+    al, be, gam = chosen["al"], chosen["be"], chosen["gam"]
+    parts = [
+        args.model.replace("/", "_"), args.loss, f"embedding{args.embedding_size}",
+        f"al{al}", f"be{be}", f"gam{gam}", args.optimizer, f"lr{args.lr}",
+        f"batch{args.batch_size}",
+    ]  # fmt: skip
+    if args.disent and not al + be + gam:
+        parts.append("disent")
+    for name in sorted(chosen.keys() - NAMED):
+        if chosen[name] != usual[name]:
+            parts.append(SHORT.get(name, name.replace("_", "")) + text_of(chosen[name]))
+    if args.seed != 1:
+        parts.append(f"seed{args.seed}")
+    folder = f"logs_{dataset.title(args.dataset)}"
+    return Path(args.LOG_DIR, folder, "_".join(parts) + args.remark)
+
+
+def text_of(value):
+    if isinstance(value, list):
+        return "-".join(map(str, value))
+    return Path(value).name if isinstance(value, str) else f"{value:g}"  # of a path, its end
+
+
+def file_prefix(args):
+    return f"{dataset.title(args.dataset)}_{args.model.replace('/', '_')}"
+
+
+def difference(chosen, flags):
+    """`--lr 0.1, there 0.2` for each flag whose value in `flags` is another."""
+    return ", ".join(
+        f"{flag_of(name)} {value}, there {flags[name]}"
+        for name, value in chosen.items()
+        if name in flags and flags[name] != value
+    )

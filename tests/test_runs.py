@@ -1,0 +1,290 @@
+"""Which folder a run is in, what continues it, what it keeps on the disk, and how it ends."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import evaluate
+import train
+import utils
+from dataset import check
+from runs.folder import RunFolder
+from runs.naming import run_folder_path
+from storage import read_checkpoint
+from tests import kill
+from tests.conftest import (
+    ROOT,
+    TINY,
+    checkpoint_of,
+    fails,
+    make_cub,
+    make_folder,
+    metrics,
+    run_folder,
+)
+
+
+def name_of(flags):
+    parser = train.build_parser()
+    path = run_folder_path(parser.parse_args(shlex.split(flags)), parser)
+    return path.name.removeprefix("bn_inception_Proxy_Anchor_embedding512_")
+
+
+CARS = "--dataset car --lr-decay-step 20 --disent True --al 1.0 --be 0.1 --gam 0.001"
+SOP = ("--dataset SOP --lr 6e-4 --bn-freeze 0 --lr-decay-step 20 --lr-decay-gamma 0.25 "
+       "--disent True --al 1.0 --be 1.0 --gam 0.0001")  # fmt: skip
+PLAIN = "al0.0_be0.0_gam0.0_adamw_lr0.0001_batch180"
+
+
+@pytest.mark.parametrize("flags, name", [
+    (CARS, "al1.0_be0.1_gam0.001_adamw_lr0.0001_batch180"),
+    (SOP, "al1.0_be1.0_gam0.0001_adamw_lr0.0006_batch180"),
+    (CARS.replace("20", "10"), "al1.0_be0.1_gam0.001_adamw_lr0.0001_batch180_decay10"),
+    ("--alpha 32 --mrg 0.1 --proxy-lr-factor 100 --epochs 9 --workers 1 --cache ram", PLAIN),
+    ("--alpha 16 --warm 0 --image-size 96", f"{PLAIN}_alpha16_size96_warm0"),
+    ("--weights /some/net.pth --IPC 4 --ks 1 5 --seed 3 --remark _x",
+     f"{PLAIN}_IPC4_ks1-5_weightsnet.pth_seed3_x"),
+    ("--al 1 --be 1", PLAIN),  # without --disent they weigh nothing
+    ("--disent True", f"{PLAIN}_disent"),
+    ("--train-on all --l2-norm 0", f"{PLAIN}_l2norm0_onall"),
+    ("--dataset folder --data-root 'my/wild birds'", f"{PLAIN}_wild birds"),
+    ("--dataset cub --data-root elsewhere", PLAIN),
+])  # fmt: skip
+def test_published_settings_have_published_names_and_any_other_is_appended(flags, name):
+    assert name_of(flags) == name
+
+
+def test_the_refusal_says_in_which_flags_the_run_found_there_differs(here, capsys):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--epochs 1"))
+    assert "holds a run of the same flags: continue it with --resume" in fails(TINY, capsys)
+    error = fails(TINY + "--deterministic", capsys)
+    assert "other flags (--deterministic True, there False): replace it with" in error
+
+
+@pytest.fixture
+def run(here):
+    """A run of one epoch, in its folder."""
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--epochs 1"))
+    return run_folder(here)
+
+
+@pytest.mark.parametrize("flags", [
+    "--epochs 2 --resume", "--epochs 2 --embedding-size 8 --resume", "--epochs 2 --resume {run}",
+    "--epochs 2 --resume {run}/cub_toy_best.pth", "--epochs 2 --resume {run}/cub_toy_last.pth",
+])  # fmt: skip
+def test_a_run_is_found_by_some_of_its_flags_its_folder_or_any_checkpoint(here, run, flags):
+    train.main(shlex.split(flags.format(run=run) + " --workers 0"))
+    train.main(shlex.split(TINY + "--LOG_DIR whole"))
+    kill.assert_same_run(run, next(here.glob("whole/*/*")))
+
+
+@pytest.mark.parametrize("flags, line", [
+    ("--resume --batch-size 16", "differs: --batch-size 16, there 8"),
+    ("--resume --seed 2 --lr 1", "differs: --lr 1.0, there 0.0001, --seed 2, there 1"),
+    ("--resume --LOG_DIR nowhere", "there is no run in nowhere/logs_cub"),
+    ("--resume {run} --lr 1", "was started with 0.0001; leave the flag out"),
+    ("--resume {run} --LOG_DIR other", "leave --LOG_DIR out"),
+    ("--resume empty", "there is no run in this folder"),
+    ("--resume nowhere", "nowhere: no such checkpoint"),
+])  # fmt: skip
+def test_a_run_that_is_not_found_is_answered_with_the_nearest(here, run, capsys, flags, line):
+    Path("empty").mkdir()
+    assert line in fails(flags.format(run=run), capsys)
+
+
+def test_of_several_runs_with_the_flags_given_one_has_to_be_named(here, run, capsys):
+    train.main(shlex.split(TINY + "--epochs 1 --seed 2"))
+    error = fails("--resume --epochs 3", capsys)
+    assert "2 runs were started with these flags" in error and run.name in error
+    train.main(shlex.split("--resume --epochs 2 --seed 2"))
+    assert len(metrics(run)) == 1
+
+
+def test_evaluate_takes_a_run_folder_or_a_checkpoint_and_says_where_it_was_trained(
+    here, run, capsys
+):
+    for place in (f"{run}", f"--resume {run}", f"{run}/cub_toy_best.pth"):
+        capsys.readouterr()
+        evaluate.main(shlex.split(f"{place} --workers 0"))
+        assert f"\n{run}/cub_toy_best.pth\nR@1 : " in capsys.readouterr().out
+    make_folder(here / "own")
+    evaluate.main(shlex.split(f"{run} --workers 0 --dataset folder --data-root own"))
+    out = capsys.readouterr().out
+    assert f"{run}/cub_toy_best.pth: trained on cub, tested on folder\n" in out
+    assert "folder test: 16 images" in out
+    for flags, line in (("empty", "without a run's checkpoints"), ("", "name one checkpoint")):
+        Path("empty").mkdir(exist_ok=True)
+        assert line in fails(flags, capsys, evaluate.main)
+
+
+# --- on the disk ---------------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_is_the_network_alone_and_a_finished_run_has_no_previous(run):
+    assert sorted(path.name for path in run.glob("*.pth")) == [
+        "cub_toy_best.pth", "cub_toy_last.pth",
+    ]  # fmt: skip
+    best = read_checkpoint(checkpoint_of(run, "best"))
+    assert best.keys() == {"model_state_dict", "args", "history", "images"}
+
+
+def test_a_best_checkpoint_alone_starts_a_run_but_is_not_continued(here, run, capsys):
+    best = shutil.copy(checkpoint_of(run, "best"), here / "net.pth")
+    assert "evaluate.py takes it" in fails(f"--resume {best}", capsys)
+    train.main(shlex.split(TINY + f"--epochs 1 --weights {best}"))
+    assert len(list(here.glob("logs/*/*"))) == 2
+
+
+def test_room_on_the_disk_is_asked_for_before_the_first_epoch(here, capsys, monkeypatch):
+    make_cub(here / "data")
+    free = SimpleNamespace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    error = fails(TINY, capsys)
+    assert "a run's checkpoints take up to" in error and "use another --LOG_DIR" in error
+    assert metrics(run_folder(here)) == []
+    free.free = 10**9
+    train.main(shlex.split(TINY))
+
+
+def test_the_room_asked_for_is_what_a_run_takes(here, monkeypatch):
+    make_cub(here / "data")
+    asked = []
+    monkeypatch.setattr(RunFolder, "require_room", lambda folder, needed: asked.append(needed))
+    train.main(shlex.split(TINY + "--model resnet18 --image-size 64"))
+    taken = {path.name: path.stat().st_size for path in run_folder(here).glob("*.pth")}
+    most = taken["cub_resnet18_best.pth"] + 3 * taken["cub_resnet18_last.pth"]
+    assert 0.98 * most < asked[0] < 1.1 * most
+
+
+# --- images that cannot be read ------------------------------------------------------------------
+
+
+def torn(path):
+    """Damage an image; returns what mends it."""
+    data = path.read_bytes()
+    path.write_bytes(data[:300])
+    return lambda: path.write_bytes(data)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("where", ["002.Bird_1/Bird_0007.jpg", "004.Bird_3/Bird_0007.jpg"])
+def test_what_was_trained_before_a_damaged_image_is_saved_and_goes_on_once_it_is_mended(
+    here, capsys, where, workers
+):
+    images = make_cub(here / "data") / "CUB_200_2011/images"
+    command = TINY + f"--batch-size 2 --epochs 1 --workers {workers} "
+    train.main(shlex.split(command + "--LOG_DIR whole"))
+    mend = torn(images / where)
+    error = fails(command, capsys)
+    assert f"{where}: not an image that can be read" in error
+    assert "`python -m dataset.check` lists all such files. What was trained is saved" in error
+    saved = read_checkpoint(checkpoint_of(run_folder(here)))
+    in_test = "004" in where
+    assert saved["history"] == [] and (saved["partial"]["step"] == 10) == in_test
+    assert str(run_folder(here).relative_to(here)) in error
+
+    again = error.split("continue with python train.py ")[1]
+    assert where in fails(again, capsys)
+    mend()
+    train.main(shlex.split(again))
+    kill.assert_same_run(run_folder(here), next(here.glob("whole/*/*")))
+
+
+def test_after_a_damaged_image_was_removed_the_refusal_says_what_is_possible(here, run, capsys):
+    next((here / "data").rglob("Bird_0005.jpg")).unlink()
+    error = fails(f"--resume {run} --epochs 2", capsys)
+    assert "put back what was removed" in error and f"--weights {run}/cub_toy_last.pth" in error
+
+
+# --- how a run ends -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error, status, says", [
+    ("torch.OutOfMemoryError('CUDA out of memory. Tried to')", 2, "use a smaller --batch-size"),
+    ("RuntimeError('a bug')", 1, "RuntimeError: a bug"),
+])  # fmt: skip
+def test_an_exception_in_training_ends_the_run_at_once_with_its_workers(here, error, status, says):
+    make_cub(here / "data")
+    program = f"""
+import sys, time, torch, train
+from tests import toy
+from utils import run
+
+def train_step(*args):
+    print(time.time())
+    raise {error}
+
+train.train_step = train_step
+run(train.main)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *shlex.split(TINY + "--workers 3")], cwd=here,
+        capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert time.time() - float(done.stdout.splitlines()[-1]) < 10
+    assert done.returncode == status and says in done.stderr.splitlines()[-1]
+    assert "Alarm" not in done.stderr and ("Traceback" in done.stderr) == (status == 1)
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("main, flags, line", [
+    (train.main, "--batchsize 8", "did you mean --batch-size?"),
+    (train.main, "--embeding-size=8", "did you mean --embedding-size?"),
+    (train.main, "--bn_freeze 0", "did you mean --bn-freeze?"),
+    (train.main, "--xyzzy", "unrecognized arguments: --xyzzy (--help"),
+    (evaluate.main, "a.pth --jsn r.json", "did you mean --json?"),
+    (check.main, "--datset cub", "did you mean --dataset?"),
+])  # fmt: skip
+def test_a_mistyped_flag_is_answered_with_the_nearest(capsys, main, flags, line):
+    assert line in fails(flags, capsys, main)
+
+
+def test_a_gpu_that_is_not_there_is_an_error_and_the_default_without_any_a_warning(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert utils.choose_device(0).type == utils.choose_device(-1).type == "cpu"
+    assert capsys.readouterr().err.count("running on the CPU") == 2
+    with pytest.raises(utils.UserError, match="--gpu-id 3: this machine has no CUDA device"):
+        utils.choose_device(3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(utils.UserError, match="--gpu-id 3: this machine has GPUs 0 to 1"):
+        utils.choose_device(3)
+
+
+def test_ddml_with_weights_of_zero_is_warned_of(here, capsys):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--al 0 --be 0 --gam 0"))
+    assert "trains the plain loss and an unused head" in capsys.readouterr().err
+    assert run_folder(here).name.endswith("_disent_size32_weightsnone")
+
+
+@pytest.mark.parametrize("build", [train.build_parser, evaluate.build_parser])
+def test_help_says_what_every_flag_is_and_its_default(build):
+    parser = build()
+    text = " ".join(parser.format_help().split())
+    for action in parser._actions:
+        assert action.help and action.help.split()[0] not in ("B", "d")
+        if action.default not in (None, "", "==SUPPRESS==") and action.dest != "version":
+            assert f"(default: {action.default})" in text
+
+
+def test_check_calls_itself_by_the_name_it_is_started_with(tmp_path):
+    for flags, stream in (("--help", "stdout"), ("--dataset x", "stderr")):
+        done = subprocess.run(
+            [sys.executable, "-m", "dataset.check", *flags.split()], cwd=ROOT,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert "python -m dataset.check" in getattr(done, stream)
+        assert "check.py" not in done.stdout + done.stderr
