@@ -8,7 +8,11 @@ VERSION = "0.2.0"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a flag's help, where that says something."""
+    """Says a flag's default, where that says something, and calls its value what errors do."""
+
+    def _get_default_metavar_for_optional(self, action):
+        kind = getattr(action.type, "__name__", "").split(" ")[0]
+        return (kind if kind in ("number", "boolean") else action.dest).upper()
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, "") else super()._get_help_string(action)
@@ -38,12 +42,12 @@ def add_data_flags(parser, data_set, choices, batch_size):
     add("--dataset", default="cub", type=data_set, metavar="NAME", help=choices)
     add("--data-root", default="./data", metavar="DIR",
         help="folder of the data sets, or with --dataset folder of the images")  # fmt: skip
-    add("--ks", nargs="+", type=at_least(1), metavar="K",
+    add("--ks", nargs="+", type=at_least(1),
         help="of Recall@K; by default the data set's published ones, or 1 2 4 8")  # fmt: skip
-    add("--image-size", default=224, type=at_least(1, most=2**12), metavar="PIXELS",
+    add("--image-size", default=224, type=at_least(1, most=2**12),
         help="side of the input; tests take the centre of images of 256/224 of it")  # fmt: skip
-    add("--batch-size", default=batch_size, type=at_least(1), metavar="N", help="images a batch")
-    add("--workers", default=4, type=at_least(0), metavar="N", help="processes that load images")
+    add("--batch-size", default=batch_size, type=at_least(1), help="images a batch")
+    add("--workers", default=4, type=at_least(0), help="processes that load images")
     return add
 
 
@@ -52,10 +56,10 @@ def add_network_flags(parser, model):
     add = parser.add_argument_group("network").add_argument
     add("--model", default="bn_inception", type=model, metavar="NAME",
         help="bn_inception, googlenet, resnet18, resnet50, resnet101 or timm/NAME")  # fmt: skip
-    add("--embedding-size", default=512, type=at_least(1, most=2**13), metavar="N",
+    add("--embedding-size", default=512, type=at_least(1, most=2**13),
         help="numbers in an embedding")  # fmt: skip
-    add("--l2-norm", default=True, type=boolean, metavar="BOOL", help="L2-normalise the heads")
-    add("--gpu-id", default=0, type=at_least(-1), metavar="N",
+    add("--l2-norm", default=True, type=boolean, help="L2-normalise the heads")
+    add("--gpu-id", default=0, type=at_least(-1),
         help="which GPU; -1 for the only one")  # fmt: skip
     return add
 

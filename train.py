@@ -43,43 +43,42 @@ def build_parser():
     add = add_data_flags(parser, dataset.canonical_name, dataset.CHOICES, batch_size=180)
     add("--train-on", default="train", choices=["train", "all"],
         help="all: every class there is, to ship the network; none is left to test on")  # fmt: skip
-    add("--IPC", type=at_least(1), metavar="N",
-        help="balanced batches, of N images of each of their classes; by default any")  # fmt: skip
+    add("--IPC", type=at_least(1),
+        help="balanced batches: this many images of each class in one; by default any")  # fmt: skip
     add("--cache", default="none", choices=["none", "ram"], help="keep decoded images in memory")
 
     add = add_network_flags(parser, model_name)
     add("--weights", default="imagenet", help="imagenet, none, or a checkpoint's path")
-    add("--deterministic", default=False, const=True, nargs="?", type=boolean, metavar="BOOL",
+    add("--deterministic", default=False, const=True, nargs="?", type=boolean,
         help="the same bits each time on CUDA too, at some cost in speed")  # fmt: skip
 
-    number = {"type": at_least(0, float), "metavar": "X"}
-    count = {"metavar": "N"}
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="Proxy_Anchor", choices=LOSSES, metavar="NAME", help=", ".join(LOSSES))
-    add("--alpha", type=at_least(1e-6, float), metavar="X",
+    add("--alpha", type=at_least(1e-6, float),
         help="the loss's scale; by default its own, 32 for Proxy_Anchor")  # fmt: skip
-    add("--mrg", **number, help="the loss's margin; by default its own, 0.1 for Proxy_Anchor")
-    add("--proxy-lr-factor", **number,
+    add("--mrg", type=at_least(0, float),
+        help="the loss's margin; by default its own, 0.1 for Proxy_Anchor")  # fmt: skip
+    add("--proxy-lr-factor", type=at_least(0, float),
         help="times --lr, proxies' learning rate; by default the loss's own, "
         "100 for Proxy_Anchor")  # fmt: skip
-    add("--disent", default=False, const=True, nargs="?", type=boolean, metavar="BOOL",
+    add("--disent", default=False, const=True, nargs="?", type=boolean,
         help="DDML; adds a second head")  # fmt: skip
-    add("--al", default=0.0, **number, help="DDML: weight of the agnostic term")
-    add("--be", default=0.0, **number, help="DDML: weight of the specific term")
-    add("--gam", default=0.0, **number, help="DDML: weight of the split term")
+    add("--al", default=0.0, type=at_least(0, float), help="DDML: weight of the agnostic term")
+    add("--be", default=0.0, type=at_least(0, float), help="DDML: weight of the specific term")
+    add("--gam", default=0.0, type=at_least(0, float), help="DDML: weight of the split term")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", default=60, type=at_least(1), **count, help="passes over the training images")
+    add("--epochs", default=60, type=at_least(1), help="passes over the training images")
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="updates all parameters")
-    add("--lr", default=1e-4, **number, help="learning rate of backbone and heads")
-    add("--weight-decay", default=1e-4, **number, help="of all parameters")
-    add("--lr-decay-step", default=10, type=at_least(1), **count, help="epochs between decays")
-    add("--lr-decay-gamma", default=0.5, **number, help="factor of a decay")
-    add("--warm", default=1, type=at_least(0), **count,
+    add("--lr", default=1e-4, type=at_least(0, float), help="learning rate of backbone and heads")
+    add("--weight-decay", default=1e-4, type=at_least(0, float), help="of all parameters")
+    add("--lr-decay-step", default=10, type=at_least(1), help="epochs between decays")
+    add("--lr-decay-gamma", default=0.5, type=at_least(0, float), help="factor of a decay")
+    add("--warm", default=1, type=at_least(0),
         help="epochs in which only heads and proxies train")  # fmt: skip
-    add("--bn-freeze", default=True, type=boolean, metavar="BOOL",
+    add("--bn-freeze", default=True, type=boolean,
         help="keep BatchNorm's running statistics")  # fmt: skip
-    add("--seed", default=1, type=at_least(0, most=2**63), **count, help="of all random numbers")
+    add("--seed", default=1, type=at_least(0, most=2**63), help="of all random numbers")
 
     add = parser.add_argument_group("run").add_argument
     # differs: ../logs
@@ -91,8 +90,8 @@ def build_parser():
     )  # fmt: skip
     either.add_argument("--overwrite", action="store_true",
                         help="start anew where the run folder holds a run")  # fmt: skip
-    add("--checkpoint-every", type=at_least(1), metavar="N",
-        help="save every N steps too; by default only at the end of epochs")  # fmt: skip
+    add("--checkpoint-every", type=at_least(1),
+        help="save after this many steps too; by default only at the end of epochs")  # fmt: skip
     add("--wandb", default="auto", choices=["auto", "online", "offline", "disabled"],
         help="auto: online when logged in, else offline")  # fmt: skip
     return parser

@@ -76,8 +76,7 @@ def main(argv=None):
         help=dataset.CHOICES)  # fmt: skip
     add("--data-root", default="./data", metavar="DIR",
         help="folder of the data sets, or with --dataset folder of the images")  # fmt: skip
-    add("--workers", default=os.cpu_count(), type=at_least(0), metavar="N",
-        help="processes that decode images")  # fmt: skip
+    add("--workers", default=os.cpu_count(), type=at_least(0), help="processes that decode images")
     args = parser.parse_args(argv)
     problems = check(args.dataset, args.data_root, args.workers)
     for problem in problems:

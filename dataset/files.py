@@ -12,7 +12,8 @@ from utils import UserError, warn
 # what torchvision's ImageFolder takes for an image
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 
-FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]  # Pillow would run PostScript
+Image.init()
+FORMATS = sorted(Image.OPEN.keys() - {"EPS"})  # Pillow would run PostScript
 
 MAX_BYTES = 2**28  # Pillow's limit of 89 million pixels is as many bytes; lists are far smaller
 

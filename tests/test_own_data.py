@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import dataset
 import evaluate
@@ -116,6 +117,18 @@ def test_the_images_are_those_named_with_their_classes(tmp_path, form):
             assert Path(path).parent.name == images.classes[label] and os.path.isfile(path)
         assert len(images) == (32 if split == "all" else 16)
     assert check.main(["--dataset", name, "--data-root", str(place), "--workers", "0"]) == 0
+
+
+def test_a_list_may_name_any_image_that_pillow_reads(here):
+    root, rows = here / "data", [["path", "label"]]
+    for i, suffix in enumerate(["gif", "tga", "jp2", "ico", "webp", "jfif"] * 4):
+        path = root / f"{i}.{suffix}"
+        write_image(path.with_suffix(".png"), seed=i)
+        with Image.open(path.with_suffix(".png")) as image:
+            image.save(path)
+        rows.append([path.name, f"class {i % 4}"])
+    train.main(shlex.split(OWN + f"--dataset {write_table(root / 'list.csv', rows)}"))
+    assert len(metrics(run_folder(here))) == 2
 
 
 # --- In-Shop ------------------------------------------------------------------------------------
