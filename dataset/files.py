@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils import UserError, warn
+from utils import UserError, plural, warn
 
 # what torchvision's ImageFolder takes for an image
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
@@ -129,11 +129,13 @@ def parse_list(file, parse, form, header):
         raise UserError(f"{file}, line {header}: must be the header `{form}`")
     parsed = []
     for number, line in enumerate(lines[header:], start=header + 1):
-        if line.strip():
-            try:
-                parsed.append(parse(*line.split()))
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{file}, line {number}: must be `{form}` ({error})") from error
+        fields = line.split()
+        try:
+            if len(fields) not in (0, len(form.split())):
+                raise ValueError(plural(len(fields), "field"))
+            parsed += [parse(*fields)] if fields else []
+        except ValueError as error:
+            raise UserError(f"{file}, line {number}: must be `{form}` ({error})") from error
     return parsed
 
 
