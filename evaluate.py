@@ -5,7 +5,7 @@ from pathlib import Path
 import dataset
 from dataset.loader import batches, test_loader
 from flags import Parser, add_data_flags, add_network_flags, given_flags, parse_stored
-from net import create_model, model_name, network_of
+from net import CHOICES, create_model, model_name, network_of
 from net.weights import load_strictly
 from retrieval.embed import embed
 from retrieval.metrics import recall_at_k
@@ -23,14 +23,15 @@ def build_parser():
     add("--remark", default="", metavar="TEXT", help="printed with the result")
     add("--json", metavar="PATH", help="also write the recalls, in per cent, to this file")
     add_data_flags(parser, dataset.canonical_name, dataset.CHOICES, batch_size=150)
-    add_network_flags(parser, model_name)
+    add_network_flags(parser, model_name, CHOICES)
     return parser
 
 
-def evaluate(model, test_batches, ks, queries=None):
+def evaluate(model, loader, device, ks, queries=None, watch=iter):
     """{k: Recall@K} of all images among each other, or of the first `queries` among the rest.
-    Leaves `model` in eval mode."""
-    embeddings, labels = embed(model, test_batches)
+    Leaves `model` in eval mode; `watch` goes around the batches."""
+    tested = progress(watch(batches(loader, device)), len(loader), "evaluating")
+    embeddings, labels = embed(model, tested)
     if not embeddings.isfinite().all():
         raise UserError("the network's embeddings are not all finite: its weights are of no use")
     if queries is None:
@@ -63,22 +64,32 @@ def resolve_flags(parser, argv):
     checkpoint = read_checkpoint(path)
     _, theirs = network_of(checkpoint, path)
     kept = vars(args).keys() - {"checkpoint", "resume", "json", "gpu_id", "workers", "remark"}
-    if "dataset" in given:
-        kept -= {"ks", "data_root"}
-    elif theirs.get("train_on") == "all":
+    if theirs.get("train_on") == "all" and not {"dataset", "data_root"} & given.keys():
         raise UserError(f"{path}: trained on all classes of {theirs['dataset']}, so that none are "
                         "left to test it on; name another data set with --dataset")  # fmt: skip
+    if given.get("dataset", theirs.get("dataset")) != theirs.get("dataset"):
+        kept -= {"ks", "data_root"}
     stored = {flag: value for flag, value in theirs.items() if flag in kept}
     resolved = parse_stored(parser, stored, path)
     for flag, value in given.items():
         setattr(resolved, flag, value)
     resolved.checkpoint = path
-    if theirs.get("dataset", resolved.dataset) != resolved.dataset:
-        print(f"{path}: trained on {theirs['dataset']}, tested on {resolved.dataset}")
+    if "dataset" not in theirs:
+        return resolved, checkpoint
+    trained, tested = images_of(theirs), images_of(vars(resolved))
+    if trained != tested:
+        print(f"{path}: trained on {trained}, tested on {tested}")
     elif theirs.get("train_on") == "all":
         warn(f"{path} was trained on all classes of {resolved.dataset}: its recall here says "
              "nothing about unseen ones")  # fmt: skip
     return resolved, checkpoint
+
+
+def images_of(flags):
+    """What says which images these are: a data set's name, and of one's own, its path."""
+    own = getattr(dataset.module_of(flags["dataset"]), "OWN", None)
+    place = f" ({Path(flags[own]).resolve()})" if own in flags else ""
+    return f"{dataset.title(flags['dataset'])}{place}"
 
 
 def main(argv=None):
@@ -97,9 +108,8 @@ def main(argv=None):
     loader = test_loader(
         images, args.image_size, args.batch_size, args.workers, device, model.interpolation
     )
-    tested = progress(batches(loader, device), len(loader), "evaluating")
     ks = dataset.ks(args.dataset, args.ks)
-    recalls = evaluate(model.to(device), tested, ks, images.queries)
+    recalls = evaluate(model.to(device), loader, device, ks, images.queries)
 
     print(f"{args.checkpoint} {args.remark}".strip())
     for k, recall in recalls.items():
@@ -107,8 +117,8 @@ def main(argv=None):
     if out:
         recalls = {f"R@{k}": 100 * recall for k, recall in recalls.items()}
         write_json(out, {
-            **recalls, "dataset": args.dataset, "split": "test", "checkpoint": args.checkpoint,
-            "epoch": epoch_of(checkpoint),
+            **recalls, "dataset": args.dataset, "data_root": args.data_root, "split": "test",
+            "checkpoint": args.checkpoint, "epoch": epoch_of(checkpoint),
         })  # fmt: skip
 
 

@@ -51,11 +51,10 @@ def add_data_flags(parser, data_set, choices, batch_size):
     return add
 
 
-def add_network_flags(parser, model):
+def add_network_flags(parser, model, choices):
     """Flags of the network; `model` is the type of --model. Returns their group's `add`."""
     add = parser.add_argument_group("network").add_argument
-    add("--model", default="bn_inception", type=model, metavar="NAME",
-        help="bn_inception, googlenet, resnet18, resnet50, resnet101 or timm/NAME")  # fmt: skip
+    add("--model", default="bn_inception", type=model, metavar="NAME", help=choices)
     add("--embedding-size", default=512, type=at_least(1, most=2**13),
         help="numbers in an embedding")  # fmt: skip
     add("--l2-norm", default=True, type=boolean, help="L2-normalise the heads")
@@ -73,9 +72,9 @@ def given_flags(parser, argv):
     return args, {name: value for name, value in parsed.items() if value is not unset}
 
 
-def parse_stored(parser, flags, path, required=()):
+def parse_stored(parser, flags, path):
     """The flags stored in a checkpoint, as a namespace, held to the same rules as typed ones."""
-    argv = list(required)
+    argv = []
     for name, value in flags.items():
         if value is not None and name not in ("resume", "overwrite"):  # they are no settings
             if isinstance(value, list):  # --ks

@@ -25,13 +25,15 @@ def l2_normalize(x):
     return x / (x.square().sum(dim=-1, keepdim=True) + 1e-12).sqrt()
 
 
-def require_fit(x, labels, proxies):
-    """ValueError unless x [B, d] and labels [B] belong to proxies [C, d]. That labels are below C
-    is looked at on the CPU alone: on a GPU every step would wait for the answer."""
+def require_fit(x, labels, proxies, parts=1):
+    """ValueError unless x [B, parts * d] and labels [B] belong to proxies [C, d]. That labels are
+    below C is looked at on the CPU alone: on a GPU every step would wait for the answer."""
     C, d = proxies.shape
-    if x.ndim != 2 or x.shape[1] != d or labels.shape != x.shape[:1]:
+    if x.ndim != 2 or x.shape[1] != parts * d or labels.shape != x.shape[:1]:
         raise ValueError(f"embeddings {tuple(x.shape)} and labels {tuple(labels.shape)} do not fit "
                          f"each other or {C} proxies of {d} dimensions")  # fmt: skip
+    if labels.is_floating_point():
+        raise ValueError(f"labels of type {labels.dtype} are no class numbers")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= C:
@@ -71,12 +73,14 @@ def class_proxies(metric_loss):
         metric_loss = metric_loss.loss
     if hasattr(metric_loss, "proxies"):                     # Proxy-Anchor, Proxy-NCA: [C, d]
         return at_least_float32(metric_loss.proxies)
-    if hasattr(metric_loss, "W"):                           # NormSoftmax, CosFace, ArcFace: [d, C]
-        return at_least_float32(metric_loss.W).T
-    if hasattr(metric_loss, "centers_per_class"):           # SoftTriple: [d, C * centers]
-        centers = at_least_float32(metric_loss.fc).T.unflatten(0, (metric_loss.num_classes, -1))
+    several = hasattr(metric_loss, "sub_centers") or hasattr(metric_loss, "centers_per_class")
+    W = metric_loss.fc if hasattr(metric_loss, "fc") else getattr(metric_loss, "W", None)
+    if W is None:
+        raise ValueError(f"{type(metric_loss).__name__} has no proxies, which DDML's terms need")
+    if several:                             # SoftTriple, SubCenterArcFace: [d, C * centers]
+        centers = at_least_float32(W).T.unflatten(0, (metric_loss.num_classes, -1))
         return l2_normalize(centers).mean(dim=1)
-    raise ValueError(f"{type(metric_loss).__name__} has no proxies, which DDML's terms need")
+    return at_least_float32(W).T            # NormSoftmax, CosFace, ArcFace: [d, C]
 
 
 def standard_deviation(s):
@@ -98,13 +102,15 @@ class DDML(nn.Module):
         """head, head_specific [B, 2d], of the retrieval embedding and of the specific head; noise:
         (eps, eps_s), standard normal [B, d] each, drawn here when None -> total, {term: scalar}."""
         with torch.autocast(head.device.type, enabled=False):
+            P = l2_normalize(class_proxies(self.metric_loss))                       # [C, d]
+            for part in (head, head_specific):
+                require_fit(part, labels, P, parts=2)
             mu, s = at_least_float32(head).chunk(2, dim=1)
             mu_s, s_s = at_least_float32(head_specific).chunk(2, dim=1)
             eps, eps_s = noise if noise is not None else (torch.randn_like(mu) for _ in range(2))
-            P = l2_normalize(class_proxies(self.metric_loss))                       # [C, d]
+            if eps.shape != mu.shape or eps_s.shape != mu.shape:
+                raise ValueError(f"noise of {tuple(eps.shape)} does not fit {tuple(mu.shape)}")
             labels = labels.long()                                                  # int32 too
-            require_fit(mu, labels, P)
-            require_fit(mu_s, labels, P)
             (std, _), (std_s, log_std_s) = standard_deviation(s), standard_deviation(s_s)
             z, z_s = mu + std * eps, mu_s + std_s * eps_s                           # [B, d]
 

@@ -26,7 +26,7 @@ from flags import (
     name_part,
 )
 from losses import LOSSES
-from net import model_name
+from net import CHOICES, model_name
 from recipe import OPTIMIZERS, Training, loss_noise, prepare_epoch, settle_loss, train_step
 from runs.checkpoint import bytes_needed, capture, restore
 from runs.results import Epoch, print_result, recalls_of, result_of, summary
@@ -47,7 +47,7 @@ def build_parser():
         help="balanced batches: this many images of each class in one; by default any")  # fmt: skip
     add("--cache", default="none", choices=["none", "ram"], help="keep decoded images in memory")
 
-    add = add_network_flags(parser, model_name)
+    add = add_network_flags(parser, model_name, CHOICES)
     add("--weights", default="imagenet", help="imagenet, none, or a checkpoint's path")
     add("--deterministic", default=False, const=True, nargs="?", type=boolean,
         help="the same bits each time on CUDA too, at some cost in speed")  # fmt: skip
@@ -115,7 +115,7 @@ def train_epoch(training, loader, epoch, after_step):
         epoch.tick("step")
 
 
-def run_epoch(training, train_batches, tested, epoch, run_folder, stop):
+def run_epoch(training, train_batches, recalls_of_test, epoch, run_folder, stop):
     """Train what is left of an epoch, save, evaluate, save; the epoch's result. Where a signal or a
     damaged image ends it, what is done is saved, and the exception says how to go on."""
     args, files = training.args, train_batches.batch_sampler.files
@@ -137,19 +137,18 @@ def run_epoch(training, train_batches, tested, epoch, run_folder, stop):
         epoch.fetch(files)
         epoch.tick("step")  # on a GPU the steps that are queued end with the fetch
         started, recalls = time.perf_counter(), {}
-        if tested:
+        if recalls_of_test:
             save()  # evaluating takes long enough to be interrupted in any way
-            recalls = tested(training, stop)
+            recalls = recalls_of_test(watch=stop.between)
     except (Interrupted, UnreadableImage) as error:
-        if not epoch.step:  # nothing is to be saved
-            raise
-        save()
+        if epoch.step:  # else there is nothing new to save
+            save()
         go_on = f"python train.py --resume {shlex.quote(str(run_folder.folder))}"
         if isinstance(error, Interrupted):
             error.note = f"continue with: {go_on}"
             raise
-        raise UserError(f"{error}. What was trained is saved: put a good file in its place and "
-                        f"continue with {go_on}") from error  # fmt: skip
+        raise UserError(f"{error}. What was trained is saved; with a good file in its place, "
+                        f"continue with: {go_on}") from error  # fmt: skip
     result = result_of(training, epoch, len(train_batches), recalls, time.perf_counter() - started)
     training.history.append(result)
     training.scheduler.step()
@@ -157,20 +156,13 @@ def run_epoch(training, train_batches, tested, epoch, run_folder, stop):
     return result
 
 
-def recalls_on(loader, queries, training, stop):
-    """{k: Recall@K} of the test images."""
-    tested = progress(stop.between(batches(loader, training.device)), len(loader), "evaluating")
-    ks = dataset.ks(training.args.dataset, training.args.ks)
-    return evaluate(training.model, tested, ks, queries)
-
-
 def load_images(args):
     """(train, test) images, checked against the batch; test is None with --train-on all."""
     dataset.prepare(args.dataset, args.data_root)
     splits, name = dataset.read(args.dataset, args.data_root), dataset.title(args.dataset)
-    train, test = dataset.image_set(args.dataset, splits, args.train_on), None
-    if args.train_on == "train":
-        test = dataset.image_set(args.dataset, splits, "test")
+    wanted = ("train", "test") if args.train_on == "train" else ("all",)
+    sets = {split: dataset.image_set(args.dataset, splits, split) for split in wanted}
+    train, test = [*sets.values(), None][:2]
     if args.batch_size > len(train):  # differs: the script trains on nothing, in silence
         raise UserError(
             f"--batch-size {args.batch_size}: larger than the {len(train)} training images of "
@@ -183,12 +175,6 @@ def load_images(args):
                 f"--IPC {args.IPC}: a batch of --batch-size {args.batch_size} cannot hold "
                 f"{args.IPC} images of each of a whole number of the {len(train.classes)} classes"
             )
-    sets = {"train": train, "test": test} if test else {"all": train}
-    if args.cache == "ram":
-        paths = [path for images in sets.values() for path in images.paths]
-        train.read = cache_in_memory(paths, args.workers)
-        if test:
-            test.read = train.read
     for split, images in sets.items():
         print(describe(f"{name} {split}", images), flush=True)
     if not test:
@@ -213,9 +199,14 @@ def main(argv=None):
         torch.use_deterministic_algorithms(True, warn_only=True)
     train, test = load_images(args)
 
-    weights, images = None if checkpoint else args.weights, digest_of_names(train, test)
-    training = Training(args, len(train.classes), device, weights, images)
+    weights = None if checkpoint else args.weights
+    training = Training(args, len(train.classes), device, weights, digest_of_names(train, test))
     training.model.num_features(args.image_size)  # ends here where the network cannot take it
+    if args.cache == "ram":
+        sets = [images for images in (train, test) if images]
+        cache = cache_in_memory([path for images in sets for path in images.paths], args.workers)
+        for images in sets:
+            images.read = cache
     epoch = Epoch(done)
     if checkpoint:
         restore(training, checkpoint, args.resume)
@@ -226,9 +217,12 @@ def main(argv=None):
     train_batches = train_loader(
         train, size, batch_size, args.seed, images_per_class=args.IPC, **loading
     )
-    test_batches = test and test_loader(test, size, batch_size, **loading)
-    tested = test and partial(recalls_on, test_batches, test.queries)
+    recalls_of_test = test and partial(
+        evaluate, training.model, test_loader(test, size, batch_size, **loading), device,
+        dataset.ks(args.dataset, args.ks), test.queries,
+    )  # fmt: skip
     description = run_folder.claim(args, new=checkpoint is None)
+    run_folder.require_room(bytes_needed(training))
     run_id, process = description.get("wandb_id"), describe_process(argv, device)
     description = {**process, "flags": vars(args), "resumed": [], **description}
     if checkpoint:
@@ -237,16 +231,15 @@ def main(argv=None):
     with Stop() as stop, track(args, mode, run_folder.folder, run_id) as wandb_run:
         description["wandb_id"] = wandb_run.id if wandb_run else run_id
         run_folder.start(description, training.history if checkpoint else None)
-        run_folder.require_room(bytes_needed(training))
-        train_from(epoch, training, train_batches, tested, run_folder, stop, wandb_run)
+        train_from(epoch, training, train_batches, recalls_of_test, run_folder, stop, wandb_run)
     run_folder.previous.unlink(missing_ok=True)  # a finished run needs no second one
     print(summary(training.history), end="")
     print(f"run folder: {run_folder.folder}")
 
 
-def train_from(epoch, training, train_batches, tested, run_folder, stop, wandb_run):
+def train_from(epoch, training, train_batches, recalls_of_test, run_folder, stop, wandb_run):
     while epoch.number < training.args.epochs:
-        result = run_epoch(training, train_batches, tested, epoch, run_folder, stop)
+        result = run_epoch(training, train_batches, recalls_of_test, epoch, run_folder, stop)
         print_result(result)
         if wandb_run:
             fractions = {key: value / 100 for key, value in recalls_of(result).items()}

@@ -2,9 +2,10 @@
 
 Each is a module with `read(root) -> {split: [(path, class name)]}` and the KS of its Recall@K.
 Published ones also have their PUBLISHED counts, and as RECIPE the flags of their published command
-that are not every data set's default; users' own are marked OWN.
+that are not every data set's default. Of users' own, OWN is the flag that says which they are.
 """
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -21,7 +22,7 @@ CHOICES = f"{', '.join(DATASETS)}, or a list FILE.csv or FILE.tsv"
 def canonical_name(name):
     """The one spelling of a data set's name that folders and wandb projects use; a list's path."""
     if name.lower().endswith(table.SUFFIXES):
-        return name
+        return os.path.normpath(name)
     spellings = {known.lower(): known for known in DATASETS} | ALIASES
     if name.lower() not in spellings:
         near = nearest(name.lower(), spellings)
@@ -31,6 +32,10 @@ def canonical_name(name):
 
 def module_of(name):
     return DATASETS.get(canonical_name(name), table)
+
+
+def is_own(name):
+    return hasattr(module_of(name), "OWN")
 
 
 def title(name):
@@ -75,7 +80,7 @@ def image_set(name, splits, split, transform=None):
     items = [on_disk_of(name, splits, part) for part in parts]
     queries = len(items[0]) if against_gallery else None
     images = ImageSet([item for part in items for item in part], transform, queries)
-    if hasattr(module_of(name), "OWN"):
+    if is_own(name):
         warn_of_oddities(name, split, images, splits)
     return images
 
@@ -84,7 +89,10 @@ def on_disk_of(name, splits, part):
     """The images of a split that are there."""
     items, missing = on_disk(splits.get(part, ()))
     if not items:
-        reason = f", there are only {' and '.join(splits)}" if part not in splits else ""
+        reason = ""
+        if part not in splits:
+            reason = f", only {' and '.join(splits)}; add some"
+            reason += ", or use --train-on all" if part == "test" else ""
         if missing:
             reason = f": none of the listed files is there, such as {missing[0]}"
         raise UserError(f"{name} {part}: there are no images{reason}")
@@ -117,13 +125,13 @@ def warn_of_oddities(name, split, images, splits):
     labels, classes = images.labels.tolist(), images.classes
     counts = Counter(labels[images.queries or 0 :])  # of those among which matches are looked for
     need = 1 if images.queries else 2
-    unmatched = [classes[label] for label in sorted(set(labels[: images.queries]))
-                 if counts[label] < need]  # fmt: skip
+    asked = sorted(set(labels[: images.queries]))
+    unmatched = [classes[label] for label in asked if counts[label] < need]
     if split in ("train", "all"):
         say("of one image", unmatched)
         return
     say("without a match for a query", unmatched)
-    if len(unmatched) == len(set(labels[: images.queries])):
+    if len(unmatched) == len(asked):
         warn(f"{title(name)} {split}: no query has a match, so every recall will be 0")
     trained = {label for _, label in splits.get("train", ())}
     say("also in train, so not unseen", [name for name in classes if name in trained])

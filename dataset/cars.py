@@ -4,7 +4,7 @@ from functools import partial
 
 from scipy.io import loadmat
 
-from dataset.files import beside, class_folders, first_existing, halves, require_size
+from dataset.files import below, class_folders, first_existing, halves, require_size
 from utils import UserError
 
 KS = (1, 2, 4, 8, 16, 32)
@@ -40,7 +40,7 @@ def read_annotations(file):
         path, label = annotations.dtype.names[0], annotations.dtype.names[5]
         names = class_names(mat.get("class_names"))
         return [
-            (beside(file, str(row[path].item())), names(int(row[label].item())))
+            (below(file.parent, str(row[path].item())), names(int(row[label].item())))
             for row in annotations
         ]
 
@@ -54,14 +54,14 @@ def read_devkit(folder):
 
     def parse(images, mat):
         return [
-            (beside(folder, f"{images}/{row['fname'].item()}"), names(int(row["class"].item())))
+            (below(images, str(row["fname"].item())), names(int(row["class"].item())))
             for row in mat["annotations"].ravel()
         ]
 
     items = []
     for images, name in (("cars_train", TRAIN_LIST), ("cars_test", TEST_LIST)):
         file = first_existing(folder, (name, f"../{name}"), "cars dev-kit")
-        items += parse_mat(file, partial(parse, images))
+        items += parse_mat(file, partial(parse, folder.parent / images))
     return items
 
 

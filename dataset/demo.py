@@ -34,6 +34,8 @@ def prepare(root):
     folder = Path(root, "demo", "images")
     if not Path(root).is_dir() and Path(root) != Path("data"):
         raise UserError(f"--data-root {root}: no such folder")
+    if Path(root, "images").exists() and Path(root).resolve().name == "demo":
+        raise UserError(f"--data-root {root}: use {Path(root).resolve().parent}")
     if not folder.exists():
         generate(folder)
 

@@ -84,8 +84,8 @@ def first_existing(root, candidates, name):
 
 
 def is_leftover(path):
-    """What systems and archives leave behind."""
-    return path.name.startswith(".") or path.name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+    """What systems leave behind, unseen by those who look at a folder."""
+    return path.name.startswith(".") or path.name in ("Thumbs.db", "desktop.ini")
 
 
 def class_folders(folder):
@@ -96,7 +96,10 @@ def class_folders(folder):
         if not sub.is_dir():
             skipped.setdefault("files beside the class folders", []).append(sub)
             continue
-        for path in listing(sub):
+        inside = listing(sub)
+        if not inside:
+            skipped.setdefault("empty class folders", []).append(sub)
+        for path in inside:
             if path.suffix.lower() in SUFFIXES:
                 items.append((str(path), sub.name))
             else:
@@ -133,17 +136,18 @@ def parse_list(file, parse, form, header):
         try:
             if len(fields) not in (0, len(form.split())):
                 raise ValueError(plural(len(fields), "field"))
-            parsed += [parse(*fields)] if fields else []
+            if fields:
+                parsed.append(parse(*fields))
         except ValueError as error:
             raise UserError(f"{file}, line {number}: must be `{form}` ({error})") from error
     return parsed
 
 
-def beside(list_file, relative):
-    """The path of a file that a list names; ValueError if it leads out of the list's folder."""
+def below(folder, relative):
+    """The path of a file that a list names; ValueError if it leads out of the folder."""
     if os.path.isabs(relative) or ".." in Path(relative).parts:
         raise ValueError(f"the path {relative} leaves the data set's folder")
-    return os.path.join(list_file.parent, relative)
+    return os.path.join(folder, relative)
 
 
 def on_disk(items):

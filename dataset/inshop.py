@@ -1,7 +1,7 @@
 """In-Shop Clothes Retrieval (Liu et al., DeepFashion, 2016): 7,982 items; a query's matches are
 looked for in a gallery of its own."""
 
-from dataset.files import beside, first_existing, parse_list
+from dataset.files import below, first_existing, parse_list
 
 KS = (1, 10, 20, 30, 40, 50)
 PUBLISHED = {  # images, classes
@@ -14,12 +14,11 @@ PUBLISHED = {  # images, classes
 def read(root):
     """In the list's order; images are in `Img/`, beside the list's folder."""
     file = first_existing(root, ("Inshop_Clothes/Eval/list_eval_partition.txt",), "Inshop")
-    splits = {split: [] for split in PUBLISHED}
 
     def parse(path, item, split):
-        if split not in splits:
+        if split not in PUBLISHED:
             raise ValueError(f"the split is {split}")
-        splits[split].append((beside(file.parent, f"Img/{path}"), item))
+        return split, (below(file.parent.parent / "Img", path), item)
 
-    parse_list(file, parse, "image_name item_id evaluation_status", header=2)
-    return splits
+    listed = parse_list(file, parse, "image_name item_id evaluation_status", header=2)
+    return {split: [item for part, item in listed if part == split] for split in PUBLISHED}

@@ -99,7 +99,7 @@ def raising(loader):
         if isinstance(batch, UserError):
             # A new one: raising `batch` itself would make a cycle with this frame, and the loader
             # in it would be collected in an order in which its workers are not told to stop.
-            hint = "; replace or remove it; `python -m dataset.check` lists all such files"
+            hint = "; replace it; `python -m dataset.check` lists all such files"
             raise type(batch)(f"{batch}{hint if isinstance(batch, UnreadableImage) else ''}")
         yield batch
 

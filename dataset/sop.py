@@ -1,6 +1,6 @@
 """Stanford Online Products (Oh Song et al., 2016): 22,634 products, lists for train and test."""
 
-from dataset.files import beside, first_existing, parse_list
+from dataset.files import below, first_existing, parse_list
 
 KS = (1, 10, 100, 1000)
 PUBLISHED = {"train": (59551, 11318), "test": (60502, 11316)}  # images, classes
@@ -18,6 +18,6 @@ def read_list(root, name):
     def parse(image_id, class_id, super_class_id, path):
         if int(class_id) < 1:
             raise ValueError("class ids are counted from 1")
-        return beside(file, path), f"{int(class_id):05d}"
+        return below(file.parent, path), f"{int(class_id):05d}"
 
     return parse_list(file, parse, "image_id class_id super_class_id path", header=1)

@@ -9,7 +9,7 @@ from utils import UserError, plural
 
 SUFFIXES = (".csv", ".tsv")
 KS = (1, 2, 4, 8)
-OWN = True
+OWN = "dataset"  # the flag that says which images
 SPLITS = ({"train", "test"}, {"train", "query", "gallery"})
 
 
@@ -25,7 +25,9 @@ def read(file):
     except FileNotFoundError:
         raise UserError(f"--dataset {file}: no such file") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a list in UTF-8 that can be read ({error})") from error
+        raise UserError(
+            f"{file}: not a list that can be read; save it as text in UTF-8 ({error})"
+        ) from error
     return halves(splits[""], file) if "" in splits else splits
 
 
@@ -38,7 +40,7 @@ def parse(file, rows):
 
     try:
         columns = rows.fieldnames or []
-        if not {"path", "label"} <= set(columns):
+        if not {"path", "label"} <= set(columns) or len({*columns}) < len(columns):
             refuse(
                 f"the header must name the columns path, label and, if wanted, split, with "
                 f"{'tabs' if file.suffix.lower() == '.tsv' else 'commas'} between them; it names "
@@ -47,17 +49,18 @@ def parse(file, rows):
         for row in rows:
             if None in row or None in row.values():
                 refuse(f"must have {len(columns)} fields, as the header has")
-            if not row["path"] or not row["label"]:
-                refuse("the path or the label is empty")
-            if "split" in row and not any(row["split"] in allowed for allowed in SPLITS):
-                refuse(f"the split is {row['split']!r}, must be train, test, query or gallery")
+            label, split = row["label"].strip(), row.get("split", "").strip()
+            if not row["path"] or not label:
+                refuse("the path or the label is empty; fill it in, or delete the line")
+            if "split" in row and not any(split in allowed for allowed in SPLITS):
+                refuse(f"the split is {split!r}, must be train, test, query or gallery")
             path = inside(file.parent, row["path"])
             if path is None:
                 refuse(f"{row['path']} is not below {file.parent}; keep the list above its images")
             if path in line_of:
                 refuse(f"{row['path']} is in line {line_of[path]} already; delete one of them")
             line_of[path] = rows.line_num
-            splits.setdefault(row.get("split", ""), []).append((path, row["label"]))
+            splits.setdefault(split, []).append((path, label))
     except csv.Error as error:  # nobody knows where a quote should have ended
         raise UserError(f"{file}, after line {rows.line_num}: {error}; check its quotes") from error
     if not splits:

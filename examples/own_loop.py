@@ -24,4 +24,6 @@ for _ in range(3):
     optimizer.step()
     print(f"loss {loss:.3f}", {name: f"{term:.3f}" for name, term in terms.items()})
 
-embedding = torch.nn.functional.normalize(network(images)[:, :d])  # what retrieval compares
+network.eval()
+with torch.inference_mode():
+    embedding = torch.nn.functional.normalize(network(images)[:, :d])  # what retrieval compares

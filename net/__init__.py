@@ -43,7 +43,9 @@ class EmbeddingNet(nn.Module):
         for head in self.heads():
             nn.init.kaiming_normal_(head.weight, mode="fan_out")
             nn.init.zeros_(head.bias)
-        self.to(memory_format=torch.channels_last)  # as `prepare` lays out its images
+        for parameter in self.parameters():
+            if parameter.ndim == 4:  # as `prepare` lays out its images
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def heads(self):
         """The layers that train from the first epoch on, while the backbone waits (--warm)."""
@@ -57,7 +59,7 @@ class EmbeddingNet(nn.Module):
         try:
             features = self.backbone.pool(shadow, torch.zeros(1, 3, size, size, device="meta"))
         except (AssertionError, RuntimeError, ValueError) as error:
-            reason = str(error).split("\n")[0]
+            reason = str(error).split("\n")[0] or type(error).__name__
             raise UserError(f"--image-size {size}: not for {self.name}: {reason}") from error
         if not torch.is_tensor(features) or features.ndim != 2:
             raise UserError(f"--model {self.name}: its features are neither maps nor tokens")
@@ -67,7 +69,7 @@ class EmbeddingNet(nn.Module):
         """RGB pixels, uint8 [B, H, W, 3] -> the network's input: its order, scale and mean."""
         if self.backbone.order == "BGR":
             pixels = pixels.flip(dims=(3,))
-        images = pixels.to(self.mean.dtype).sub_(self.mean).div_(self.std)
+        images = pixels.to(self.mean.dtype, copy=True).sub_(self.mean).div_(self.std)
         return images.permute(0, 3, 1, 2)  # channels last in memory
 
     def pool(self, images):
@@ -87,11 +89,14 @@ class EmbeddingNet(nn.Module):
         return l2_normalize(mu)
 
 
+CHOICES = f"{', '.join(BACKBONES)} or {TIMM}NAME"
+
+
 def model_name(name):
     """--model's type: a row of BACKBONES, or timm/NAME."""
     if name not in BACKBONES and not name.startswith(TIMM):
         near = nearest(name, BACKBONES)
-        raise UserError(f"--model {name}: choose from {', '.join(BACKBONES)} and {TIMM}NAME{near}")
+        raise UserError(f"--model {name}: choose from {CHOICES}{near}")
     return name
 
 
@@ -115,7 +120,11 @@ def network_of(checkpoint, path):
     shape = getattr(state.get("model.embedding.weight"), "shape", ())
     if len(shape) == 2:
         flags["embedding_size"] = shape[0] // 2 if disent else shape[0]
-    return state, flags | stored | {"disent": disent}
+    flags |= stored | {"disent": disent}
+    for name, kind in (("model", str), ("embedding_size", int), ("l2_norm", bool)):
+        if not isinstance(flags.get(name), kind):
+            raise UserError(f"{path}: not a checkpoint: it does not tell the network's {name}")
+    return state, flags
 
 
 def load_model(path):

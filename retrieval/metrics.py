@@ -1,4 +1,4 @@
-"""Recall@K, exact."""
+"""Recall@K, MAP@R and R-Precision, exact."""
 
 import math
 
@@ -18,11 +18,9 @@ def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk
     without a match counts as a miss and is reported. Similarities exist in tiles of chunk_size^2.
     """
     itself = gallery is None
-    _require_fit(embeddings, labels)
-    if not itself or gallery_labels is not None:
-        _require_fit(gallery, gallery_labels, embeddings.shape[1])
-    if not embeddings.isfinite().all() or not itself and not gallery.isfinite().all():
-        raise ValueError("recall_at_k: the embeddings are not all finite")
+    _check(embeddings, labels, gallery, gallery_labels)
+    if min(ks) < 1:
+        raise ValueError(f"recall_at_k: K is {min(ks)}, must be at least 1")
     query = _sorted_by_label(embeddings, labels)
     gallery = query if itself else _sorted_by_label(gallery, gallery_labels)
     longest = [
@@ -43,12 +41,57 @@ def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk
     return {k: ((most < k) & best.isfinite()).sum().item() / len(best) for k in ks}
 
 
-def _require_fit(x, labels, d=None):
-    shapes = [None if part is None else tuple(part.shape) for part in (x, labels)]
-    if x is None or labels is None or x.ndim != 2 or labels.shape != x.shape[:1]:
-        raise ValueError(f"recall_at_k: embeddings {shapes[0]} and labels {shapes[1]} do not fit")
-    if d not in (None, x.shape[1]):
-        raise ValueError(f"recall_at_k: embeddings of {d} and a gallery of {x.shape[1]} dimensions")
+@torch.no_grad()
+def precision_at_r(embeddings, labels, gallery=None, gallery_labels=None, memory=2**27):
+    """{"MAP@R", "R-Precision"} (Musgrave et al., ECCV 2020, section 3.2): of the R nearest of a
+    query with R matches, the fraction that match, and their average precision; means over queries.
+
+    Arguments, ties and queries without a match as in recall_at_k; all is computed in float64, in
+    chunks of queries whose similarities take `memory` bytes.
+    """
+    itself = gallery is None
+    _check(embeddings, labels, gallery, gallery_labels)
+    if itself:
+        gallery, gallery_labels = embeddings, labels
+    y = gallery.double()
+    longest = torch.linalg.vector_norm(y, dim=1).max()
+    sums = torch.zeros(2, dtype=torch.float64, device=y.device)
+    for rows in torch.arange(len(labels)).split(max(1, memory // (8 * len(y)))):
+        x = embeddings[rows].double()
+        similarity, match = x @ y.T, labels[rows, None] == gallery_labels
+        if itself:
+            similarity[torch.arange(len(rows)), rows] = -math.inf
+            match[torch.arange(len(rows)), rows] = False
+        R = match.sum(dim=1, keepdim=True).clamp_min(1).double()
+        width = int(R.max())
+        matches = similarity.masked_fill(~match, -math.inf).topk(width, dim=1).values
+        others = similarity.masked_fill_(match, -math.inf).topk(width, dim=1).values
+        slack = 8 * math.sqrt(y.shape[1]) * 2**-53 * x.norm(dim=1, keepdim=True) * longest
+        # others at least as similar as the i-th match: as many as are ahead of it, up to R
+        ahead = torch.searchsorted(-others, -(matches - slack), right=True)
+        found = torch.arange(1, width + 1, device=y.device, dtype=torch.float64)
+        within = (found + ahead <= R) & matches.isfinite()
+        precision = found / (found + ahead)
+        for total, hits in zip(sums, (precision * within, within)):
+            total += (hits / R).sum()
+    return dict(zip(("MAP@R", "R-Precision"), (sums / len(labels)).tolist()))
+
+
+def _check(embeddings, labels, gallery, gallery_labels):
+    """ValueError for what does not fit, or is not finite."""
+    sides = [(embeddings, labels)]
+    if gallery is not None or gallery_labels is not None:
+        sides.append((gallery, gallery_labels))
+    for x, y in sides:
+        if x is None or y is None or x.ndim != 2 or y.shape != x.shape[:1]:
+            shapes = [None if part is None else tuple(part.shape) for part in (x, y)]
+            raise ValueError(f"embeddings {shapes[0]} and labels {shapes[1]} do not fit")
+        if x.shape[1] != embeddings.shape[1]:
+            raise ValueError(
+                f"embeddings of {embeddings.shape[1]} and a gallery of {x.shape[1]} dimensions"
+            )
+        if not x.isfinite().all():
+            raise ValueError("the embeddings are not all finite")
 
 
 def _sorted_by_label(x, labels):

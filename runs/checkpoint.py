@@ -4,6 +4,7 @@ import warnings
 
 import torch
 
+import dataset
 from flags import flag_of, parse_stored
 from utils import UserError
 
@@ -83,7 +84,8 @@ def flags_to_continue_with(parser, given, flags, path):
     except (AttributeError, TypeError) as error:
         raise UserError(f"{path}: its args are not a run's") from error
     for name, value in given.items():
-        if name not in FREE_ON_RESUME and getattr(stored, name) != value:
+        moved = name == "dataset" and dataset.title(value) == dataset.title(stored.dataset)
+        if name not in FREE_ON_RESUME and getattr(stored, name) != value and not moved:
             raise UserError(
                 f"{flag_of(name)} {value}: the run of {path} was started with "
                 f"{getattr(stored, name)}; leave the flag out, or start another run"
@@ -117,7 +119,5 @@ def progress_of(checkpoint):
 def epoch_of(checkpoint):
     """The epoch, from 0, in which a checkpoint's network was last trained; None if it does not
     say."""
-    if not isinstance(checkpoint.get("history"), list):
-        return None
-    done, steps = progress_of(checkpoint)
-    return done - (steps == 0)
+    history = checkpoint.get("history")
+    return len(history) - (not checkpoint.get("partial")) if isinstance(history, list) else None

@@ -132,6 +132,6 @@ def checkpoint_in(path, kinds):
     if not os.path.isdir(path):
         return path
     for kind in kinds:
-        for found in Path(path).glob(f"*_{kind}.pth"):
+        for found in filter(Path.is_file, Path(path).glob(f"*_{kind}.pth")):
             return str(found)
     raise UserError(f"{path}: a folder without a run's checkpoints")

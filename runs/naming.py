@@ -7,26 +7,28 @@ from flags import flag_of
 from recipe import own_values
 from runs.checkpoint import FREE_ON_RESUME
 
-# Flags whose values are in the published names, or change nothing but them.
+# Flags whose values are in the published names.
 NAMED = {"dataset", "model", "loss", "embedding_size", "disent", "al", "be", "gam", "optimizer",
-         "lr", "batch_size", "seed", "remark", "deterministic"}  # fmt: skip
+         "lr", "batch_size", "seed", "remark"}  # fmt: skip
 SHORT = {"data_root": "", "image_size": "size", "lr_decay_step": "decay", "lr_decay_gamma": "gamma",
          "weight_decay": "wd", "proxy_lr_factor": "proxylr", "train_on": "on"}  # fmt: skip
 
 
+def deciding(args):
+    """The flags that change what is computed; of images of one's own, that which says which."""
+    own = getattr(dataset.module_of(args.dataset), "OWN", "dataset")
+    return vars(args).keys() - FREE_ON_RESUME | {own}
+
+
 def settings(args, parser):
-    """{flag: value} of all flags that change what is computed, and the same of what is usual: in
-    the data set's published command, else by default."""
-    module = dataset.module_of(args.dataset)
-    names = vars(args).keys() - FREE_ON_RESUME
-    if hasattr(module, "OWN"):
-        names |= {"data_root"}  # it says which images, not only where
-    usual = {name: parser.get_default(name) for name in names}
-    usual |= own_values(args.loss) | getattr(module, "RECIPE", {})
-    chosen = {name: getattr(args, name) for name in sorted(names)}
-    for name in own_values(args.loss):
-        if chosen[name] is None:
-            chosen[name] = usual[name]
+    """{flag: value} of the deciding flags, and the same of what is usual: in the data set's
+    published command, else by default."""
+    usual = {name: parser.get_default(name) for name in deciding(args)}
+    usual |= own_values(args.loss) | getattr(dataset.module_of(args.dataset), "RECIPE", {})
+    given = {name: getattr(args, name) for name in sorted(deciding(args))}
+    ks = dataset.ks(args.dataset, args.ks)
+    given["ks"] = None if ks == dataset.ks(args.dataset) else ks
+    chosen = {name: usual[name] if value is None else value for name, value in given.items()}
     if not args.disent:
         chosen |= {"al": 0.0, "be": 0.0, "gam": 0.0}  # whatever they are, they weigh nothing
     return chosen, usual
@@ -55,7 +57,8 @@ def run_folder_path(args, parser):
 def text_of(value):
     if isinstance(value, list):
         return "-".join(map(str, value))
-    return Path(value).name if isinstance(value, str) else f"{value:g}"  # of a path, its end
+    # of a path, its end
+    return Path(value).resolve().name if isinstance(value, str) else f"{value:.15g}"
 
 
 def file_prefix(args):
@@ -63,9 +66,9 @@ def file_prefix(args):
 
 
 def difference(chosen, flags):
-    """`--lr 0.1, there 0.2` for each flag whose value in `flags` is another."""
-    return ", ".join(
+    """[`--lr 0.1, there 0.2`] for each flag whose value in `flags` is another."""
+    return [
         f"{flag_of(name)} {value}, there {flags[name]}"
         for name, value in chosen.items()
         if name in flags and flags[name] != value
-    )
+    ]

@@ -12,23 +12,27 @@ import torch
 
 from flags import VERSION
 from runs.checkpoint import (
-    FREE_ON_RESUME,
     PARTS,
     flags_to_continue_with,
     progress_of,
     require_parts,
 )
 from runs.folder import RunFolder, checkpoint_in
-from runs.naming import difference, file_prefix, run_folder_path, settings
+from runs.naming import deciding, difference, file_prefix, run_folder_path, settings
 from storage import read_checkpoint
 from utils import UserError, warn
+
+KINDS = ("_last.pth", "_previous.pth", "_best.pth")
 
 
 def open_run(parser, args, given):
     """(flags, RunFolder, checkpoint or None): where to write, and what to continue from."""
     folder = run_folder_path(args, parser)
     if len(os.fsencode(folder.name)) > 255:
-        raise UserError(f"--remark {args.remark}: too long, it ends a folder's name")
+        raise UserError(
+            f"{folder.name}: too long for a folder's name; shorten --remark, or what the paths of "
+            "--data-root and --weights end in"
+        )
     if args.resume is not None:
         return continued_run(
             parser, args, given, Path(args.resume or find_run(args, given, folder))
@@ -37,7 +41,7 @@ def open_run(parser, args, given):
     # differs: the script silently loads an old best checkpoint from the folder
     if run_folder.in_use() and not args.overwrite:
         chosen, _ = settings(args, parser)
-        differing = difference(chosen, stored_flags(folder))
+        differing = ", ".join(difference(chosen, stored_flags(folder)))
         raise UserError(
             f"{folder} already holds a run "
             + (f"with other flags ({differing}): " if differing else "of the same flags: continue "
@@ -60,12 +64,12 @@ def find_run(args, given, folder):
     that was started with all of those given."""
     if RunFolder(folder, file_prefix(args)).in_use() or stored_flags(folder):
         return folder
-    given = {name: value for name, value in given.items() if name not in FREE_ON_RESUME}
-    differences = {}
-    for file in sorted(Path(args.LOG_DIR).glob("logs_*/*/args.json")):
-        flags = stored_flags(file.parent)
-        if flags:
-            differences[file.parent] = difference(given, flags)
+    asked = {name: value for name, value in given.items() if name in deciding(args)}
+    differences = {
+        file.parent: difference(asked, flags)
+        for file in sorted(Path(args.LOG_DIR).glob("logs_*/*/args.json"))
+        if (flags := stored_flags(file.parent))
+    }
     matching = [path for path, differing in differences.items() if not differing]
     if len(matching) == 1:
         return matching[0]
@@ -74,22 +78,25 @@ def find_run(args, given, folder):
             f"--resume: {len(matching)} runs were started with these flags; name one of "
             f"{', '.join(map(str, matching))}"
         )
-    like_it = min(differences, key=lambda path: differences[path].count("there"), default=None)
-    near = f"; the nearest, {like_it}, differs: {differences[like_it]}" if like_it else ""
+    near = ""
+    if differences:
+        path, differing = min(differences.items(), key=lambda item: len(item[1]))
+        near = f"; the nearest, {path}, differs: {', '.join(differing)}"
     raise UserError(f"--resume: there is no run in {folder} to continue{near}")
 
 
-def continued_run(parser, args, given, path):
+def continued_run(parser, args, given, asked):
     """open_run for the run of a checkpoint or of a run folder, from the newest checkpoint in it."""
-    folder = path if path.is_dir() else path.parent
     if args.resume and "LOG_DIR" in given:
         raise UserError(
             f"--LOG_DIR {args.LOG_DIR}: --resume {args.resume} continues in the run's own folder; "
             "leave --LOG_DIR out"
         )
-    checkpoint = None
+    of_a_run = asked.is_file() and asked.name.endswith(KINDS) and stored_flags(asked.parent)
+    path, checkpoint = asked.parent if of_a_run else asked, None
+    folder = path if path.is_dir() else path.parent
     if not path.is_dir():
-        checkpoint = read_or_name_previous(path)
+        checkpoint = read_checkpoint(path)
         require_parts(checkpoint, path, {"args", "history"})
         args = flags_to_continue_with(parser, given, checkpoint["args"], path)
         run_folder = RunFolder(folder, file_prefix(args))
@@ -106,25 +113,14 @@ def continued_run(parser, args, given, path):
         return args, run_folder, None
     run_folder.lock()
     newest = run_folder.newest_checkpoint()
-    if newest and (not checkpoint or not PARTS <= checkpoint.keys()
-                   or progress_of(newest[1]) > progress_of(checkpoint)):  # fmt: skip
-        if checkpoint:
-            print(f"continuing from {newest[0]}, the newest of the run of {path}")
+    if newest and (not checkpoint or progress_of(newest[1]) > progress_of(checkpoint)):
         path, checkpoint = newest
+    if path != asked and not asked.is_dir():
+        print(f"continuing from {path}, the newest of the run of {asked}")
     require_parts(checkpoint, path, PARTS)
     args = flags_to_continue_with(parser, given, checkpoint["args"], path)
     args.resume = str(path)
     return args, run_folder, checkpoint
-
-
-def read_or_name_previous(path):
-    try:
-        return read_checkpoint(path)
-    except UserError as error:
-        previous = path.with_name(path.name.replace("_last.pth", "_previous.pth"))
-        if previous == path or not previous.is_file():
-            raise
-        raise UserError(f"{error}; the one before it is {previous}") from error
 
 
 def describe_process(argv, device):

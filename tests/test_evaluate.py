@@ -16,6 +16,7 @@ from evaluate import describe, recall_at_k
 from net import create_model
 from retrieval import metrics
 from retrieval.embed import embed
+from retrieval.metrics import precision_at_r
 from tests.conftest import ROOT
 
 KS = (1, 2, 4, 8, 100)
@@ -105,6 +106,60 @@ def test_agrees_with_pytorch_metric_learning_at_one():
     )
     expected = peer.get_accuracy(x, labels)["precision_at_1"]
     assert recall_at_k(x, labels, (1,))[1] == pytest.approx(expected)
+
+
+def brute_force_at_r(x, labels, gallery=None, gallery_labels=None):
+    """By the definition: the list of each query, sorted, what matches last among equals."""
+    itself = gallery is None
+    if itself:
+        gallery, gallery_labels = x, labels
+    similarity = (x.double()[:, None] * gallery.double()[None]).sum(dim=2)
+    totals = {"MAP@R": 0.0, "R-Precision": 0.0}
+    for i, row in enumerate(similarity.tolist()):
+        order = [(-value, int(gallery_labels[j] == labels[i])) for j, value in enumerate(row)
+                 if not (itself and i == j)]  # fmt: skip
+        hits = [hit for _, hit in sorted(order)]
+        R = sum(hits)
+        if R:
+            totals["R-Precision"] += sum(hits[:R]) / R
+            at = [sum(hits[: j + 1]) / (j + 1) for j in range(R) if hits[j]]
+            totals["MAP@R"] += sum(at) / R
+    return {name: pytest.approx(total / len(labels), abs=1e-12) for name, total in totals.items()}
+
+
+@pytest.mark.parametrize("memory", [1, 8 * 90 * 7, 2**27])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_precision_at_r_agrees_with_brute_force_with_duplicates_and_lone_images(memory, dtype):
+    x, labels = random_set()
+    labels[:3] = torch.tensor([50, 51, 52])
+    x = torch.cat([x, x[:40], x[:20]]).to(dtype)
+    labels = torch.cat([labels, (labels[:40] + 1) % 9, labels[:20]])
+    expected = brute_force_at_r(x, labels)
+    assert precision_at_r(x, labels, memory=memory) == expected
+    arguments = x[:30], labels[:30], x[25:], labels[25:]
+    assert precision_at_r(*arguments, memory=memory) == brute_force_at_r(*arguments)
+
+
+def test_precision_at_r_agrees_with_pytorch_metric_learning():
+    x, labels = random_set(200)
+    names = {"MAP@R": "mean_average_precision_at_r", "R-Precision": "r_precision"}
+    peer = AccuracyCalculator(
+        include=tuple(names.values()), k="max_bin_count", knn_func=CustomKNN(CosineSimilarity())
+    )
+    expected = peer.get_accuracy(x, labels)
+    for name, value in precision_at_r(x, labels).items():
+        assert value == pytest.approx(expected[names[name]])
+
+
+def test_precision_at_r_of_a_collapsed_and_of_a_perfect_embedding():
+    labels = torch.arange(60) % 6
+    collapsed = F.normalize(torch.ones(60, 333) + torch.arange(333)).contiguous()
+    assert precision_at_r(collapsed, labels) == {"MAP@R": 0, "R-Precision": 0}
+    perfect = F.one_hot(labels).float()
+    assert precision_at_r(perfect, labels) == {
+        "MAP@R": pytest.approx(1), "R-Precision": pytest.approx(1),
+    }  # fmt: skip
+    assert precision_at_r(torch.ones(1, 4), torch.tensor([0])) == {"MAP@R": 0, "R-Precision": 0}
 
 
 def test_singleton_classes_count_as_misses_and_are_reported(capsys):

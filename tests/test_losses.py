@@ -228,6 +228,15 @@ def test_ddmls_terms_alone_reach_every_proxy_and_both_heads(name):
     assert (proxies.grad != 0).all() and head.grad.all() and head_specific.grad.all()
 
 
+def test_several_centres_a_class_are_one_proxy():
+    loss = pml.SubCenterArcFaceLoss(num_classes=4, embedding_size=6, sub_centers=3)
+    P = class_proxies(loss)
+    assert P.shape == (4, 6)
+    centers = F.normalize(loss.W.T).reshape(4, 3, 6)
+    torch.testing.assert_close(P, centers.mean(dim=1))
+    DDML(loss, 1, 1, 1)(torch.randn(8, 12), torch.randn(8, 12), torch.arange(8) % 4)
+
+
 @pytest.mark.parametrize("name", PROXY_LOSSES)
 def test_class_proxies_are_those_that_the_loss_compares_with(name):
     loss = make_loss(name)
@@ -307,13 +316,20 @@ def test_embeddings_labels_and_proxies_that_do_not_fit_are_named(x, labels, both
     loss = ProxyAnchor(4, 16)
     with pytest.raises(ValueError, match=both):
         loss(x, labels)
-    head = torch.cat([x, x], dim=-1)
-    if x.ndim == 2:
-        good = torch.ones(len(labels), 32)
-        for heads in ((head, good), (good, head), (head, head)):
-            if any(part.shape != (len(labels), 32) for part in heads) or "labels from" in both:
-                with pytest.raises(ValueError, match="do not fit"):
-                    DDML(loss, 1, 1, 1)(*heads, labels)
+    head, good = torch.cat([x, x], dim=-1), torch.ones(len(labels), 32)
+    for heads in ((head, good), (good, head)):
+        with pytest.raises(ValueError, match="do not fit"):
+            DDML(loss, 1, 1, 1)(*heads, labels)
+
+
+def test_an_odd_head_noise_of_another_shape_and_labels_with_fractions_are_refused():
+    loss, labels, head = DDML(ProxyAnchor(4, 16), 1, 1, 1), torch.arange(8) % 4, torch.ones(8, 32)
+    for arguments in [
+        (head[:, :31], head, labels), (head, head[:, :31], labels), (head, head, labels / 2),
+        (head, head, labels, torch.ones(2, 16)), (head, head, labels, torch.ones(2, 7, 16)),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match="fit|no class numbers"):
+            loss(*arguments)
 
 
 @pytest.mark.parametrize("name", LOSSES)

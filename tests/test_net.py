@@ -298,3 +298,26 @@ def test_a_training_step_under_bfloat16_autocast_is_near_float32_and_finite():
     assert loss.item() == pytest.approx(expected.item(), rel=0.02)
     gradients = [p.grad for n, p in model.named_parameters() if "last_linear" not in n]
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+
+
+def test_a_network_with_parameters_of_five_dimensions_is_built():
+    net = create_model("timm/lambda_resnet26t", 8)
+    assert any(parameter.ndim == 5 for parameter in net.parameters())
+    assert net.num_features(256) > 0
+
+
+def test_preparing_leaves_the_pixels_as_they_are():
+    pixels = torch.rand(2, 8, 8, 3) * 255
+    before = pixels.clone()
+    create_model("toy", 8).prepare(pixels)
+    assert torch.equal(pixels, before)
+
+
+@pytest.mark.parametrize("checkpoint, line", [
+    ({"model_state_dict": {"x": torch.ones(1)}}, "does not tell the network's embedding_size"),
+    ({"model_state_dict": {}, "args": {"model": 5}}, "does not tell the network's model"),
+])  # fmt: skip
+def test_a_checkpoint_that_does_not_tell_what_its_network_is_is_refused(tmp_path, checkpoint, line):
+    torch.save(checkpoint, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=line):
+        load_model(tmp_path / "odd.pth")

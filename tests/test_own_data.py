@@ -234,12 +234,13 @@ def test_what_is_skipped_in_a_folder_is_counted_in_one_line(here, capsys):
     (root / "notes.txt").write_text("x")
     write_image(root / "__MACOSX/猫/e.jpg", seed=8)
     (root / ".DS_Store").write_bytes(b"x")
+    (root / "nothing").mkdir()
     (line,) = said(capsys, OWN + "--dataset folder")
-    assert "skipped files beside the class folders (1, such as data/notes.txt)" in line.replace(
-        f"{here}/", "")  # fmt: skip
+    assert "files beside the class folders (1, such as data/notes.txt)" in line
     assert "*.jfif (2, such as data/猫/a.jfif)" in line and "*.HEIC (1" in line
-    assert "folders inside a class folder (1, such as data/猫/more)" in line
-    assert "images are CLASS/NAME, and end in .bmp .jpeg .jpg" in line and "MACOSX" not in line
+    assert "folders inside a class folder (2, such as data/__MACOSX/猫)" in line
+    assert "empty class folders (1, such as data/nothing)" in line
+    assert "images are CLASS/NAME, and end in .bmp .jpeg .jpg" in line and "DS_Store" not in line
     (same,) = said(capsys, "--dataset folder --workers 0", check.main)
     assert same == line
 
@@ -276,6 +277,26 @@ def test_a_label_with_one_image_in_a_list_is_named(here, capsys):
     assert lines[0].startswith("warning: list t") and lines[0].endswith(f": {rows[1][1]}")
 
 
+def test_what_is_beside_train_and_test_is_said_and_a_class_may_be_called_train(here, capsys):
+    make_split_folder(here / "data")
+    make_folder(here / "data/val")
+    (line,) = said(capsys, OWN + "--dataset folder --epochs 1")
+    assert line.endswith("data: skipped 1 beside train and test, such as data/val")
+    make_folder(here / "vehicles", ["train", "bus", "car", "tram"])
+    assert dataset.load("folder", here / "vehicles", "test").classes == ["train", "tram"]
+
+
+def test_evaluate_says_when_a_folder_is_another_one(here, capsys):
+    for place in "ab":
+        make_folder(here / place)
+    train.main(shlex.split(OWN + "--dataset folder --data-root a --epochs 1 --train-on all"))
+    capsys.readouterr()
+    evaluate.main([*"--dataset folder --data-root b --workers 0".split(), str(run_folder(here))])
+    out, err = capsys.readouterr()
+    assert f"trained on folder ({here}/a), tested on folder ({here}/b)" in out
+    assert "unseen" not in err
+
+
 def test_equal_files_in_two_classes_are_named_by_check(tmp_path, capsys):
     root = make_folder(tmp_path)
     twin = root / "猫/фото 0.jpg"
@@ -306,7 +327,7 @@ BAD_LISTS = [
      "猫/фото 3.jpg,a,test\n", "has the splits train, gallery"),
     ("list.csv", "path,label,split\n猫/фото 1.jpg,a,train\n", "test: there are no images"),
     ("list.csv", "path,label,split\n猫/фото 1.jpg,a,test\n", "train: there are no images"),
-    ("list.csv", b"path,label\n\xff\xfe,b\n", "not a list in UTF-8"),
+    ("list.csv", b"path,label\n\xff\xfe,b\n", "save it as text in UTF-8"),
     ("other.csv", None,                                                "list.csv: no such file"),
 ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Which folder a run is in, what continues it, what it keeps on the disk, and how it ends."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -51,22 +52,28 @@ PLAIN = "al0.0_be0.0_gam0.0_adamw_lr0.0001_batch180"
     ("--alpha 16 --warm 0 --image-size 96", f"{PLAIN}_alpha16_size96_warm0"),
     ("--weights /some/net.pth --IPC 4 --ks 1 5 --seed 3 --remark _x",
      f"{PLAIN}_IPC4_ks1-5_weightsnet.pth_seed3_x"),
+    ("--ks 32 1 2 4 8 16", PLAIN),
     ("--al 1 --be 1", PLAIN),  # without --disent they weigh nothing
     ("--disent True", f"{PLAIN}_disent"),
     ("--train-on all --l2-norm 0", f"{PLAIN}_l2norm0_onall"),
     ("--dataset folder --data-root 'my/wild birds'", f"{PLAIN}_wild birds"),
+    ("--dataset folder --data-root my/birds/..", f"{PLAIN}_my"),
     ("--dataset cub --data-root elsewhere", PLAIN),
+    ("--dataset list.csv --data-root elsewhere", PLAIN),
+    ("--deterministic --weight-decay 1.0000001e-4", f"{PLAIN}_deterministic1_wd0.00010000001"),
 ])  # fmt: skip
 def test_published_settings_have_published_names_and_any_other_is_appended(flags, name):
     assert name_of(flags) == name
 
 
 def test_the_refusal_says_in_which_flags_the_run_found_there_differs(here, capsys):
-    make_cub(here / "data")
-    train.main(shlex.split(TINY + "--epochs 1"))
-    assert "holds a run of the same flags: continue it with --resume" in fails(TINY, capsys)
-    error = fails(TINY + "--deterministic", capsys)
-    assert "other flags (--deterministic True, there False): replace it with" in error
+    for place in "ab":
+        make_folder(here / place / "photos")
+    command = TINY + "--dataset folder --epochs 1 --data-root "
+    train.main(shlex.split(command + "a/photos"))
+    assert "of the same flags: continue it with --resume" in fails(command + "a/photos", capsys)
+    error = fails(command + "b/photos", capsys)
+    assert "other flags (--data-root b/photos, there a/photos): replace it with" in error
 
 
 @pytest.fixture
@@ -101,6 +108,28 @@ def test_a_run_that_is_not_found_is_answered_with_the_nearest(here, run, capsys,
     assert line in fails(flags.format(run=run), capsys)
 
 
+def test_resume_does_not_take_the_run_of_another_folder_of_images(here, capsys):
+    for place in "ab":
+        make_folder(here / place)
+    command = TINY + "--dataset folder --epochs 1 --data-root "
+    train.main(shlex.split(command + "a"))
+    error = fails("--dataset folder --data-root b --resume", capsys)
+    assert "the nearest" in error and "differs: --data-root b, there a" in error
+
+
+def test_a_list_that_was_moved_continues_as_long_as_its_images_are_the_same(here, monkeypatch):
+    make_folder(here / "a/photos", per_class=8)
+    lines = [f"{path.parent.name}/{path.name},{path.parent.name}"
+             for path in sorted((here / "a/photos").glob("*/*"))]  # fmt: skip
+    lines = [f'photos/{line}'.replace('"', "") for line in lines if '"' not in line]
+    (here / "a/list.csv").write_text("\n".join(["path,label", *lines]))
+    train.main(shlex.split(TINY + "--dataset a/list.csv --epochs 1"))
+    (here / "a").rename(here / "b")
+    folder = run_folder(here)
+    train.main(shlex.split(f"--resume {folder} --dataset ./b/list.csv --epochs 2 --workers 0"))
+    assert len(metrics(folder)) == 2
+
+
 def test_of_several_runs_with_the_flags_given_one_has_to_be_named(here, run, capsys):
     train.main(shlex.split(TINY + "--epochs 1 --seed 2"))
     error = fails("--resume --epochs 3", capsys)
@@ -119,7 +148,7 @@ def test_evaluate_takes_a_run_folder_or_a_checkpoint_and_says_where_it_was_train
     make_folder(here / "own")
     evaluate.main(shlex.split(f"{run} --workers 0 --dataset folder --data-root own"))
     out = capsys.readouterr().out
-    assert f"{run}/cub_toy_best.pth: trained on cub, tested on folder\n" in out
+    assert f"_best.pth: trained on cub, tested on folder ({here}/own)" in out
     assert "folder test: 16 images" in out
     for flags, line in (("empty", "without a run's checkpoints"), ("", "name one checkpoint")):
         Path("empty").mkdir(exist_ok=True)
@@ -150,7 +179,7 @@ def test_room_on_the_disk_is_asked_for_before_the_first_epoch(here, capsys, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     error = fails(TINY, capsys)
     assert "a run's checkpoints take up to" in error and "use another --LOG_DIR" in error
-    assert metrics(run_folder(here)) == []
+    assert [path.name for path in run_folder(here).iterdir()] == [".lock"]
     free.free = 10**9
     train.main(shlex.split(TINY))
 
@@ -186,13 +215,13 @@ def test_what_was_trained_before_a_damaged_image_is_saved_and_goes_on_once_it_is
     mend = torn(images / where)
     error = fails(command, capsys)
     assert f"{where}: not an image that can be read" in error
-    assert "`python -m dataset.check` lists all such files. What was trained is saved" in error
+    assert "replace it; `python -m dataset.check` lists all such files. What was" in error
     saved = read_checkpoint(checkpoint_of(run_folder(here)))
     in_test = "004" in where
     assert saved["history"] == [] and (saved["partial"]["step"] == 10) == in_test
     assert str(run_folder(here).relative_to(here)) in error
 
-    again = error.split("continue with python train.py ")[1]
+    again = error.split("continue with: python train.py ")[1]
     assert where in fails(again, capsys)
     mend()
     train.main(shlex.split(again))
@@ -273,9 +302,10 @@ def test_ddml_with_weights_of_zero_is_warned_of(here, capsys):
 @pytest.mark.parametrize("build", [train.build_parser, evaluate.build_parser])
 def test_help_says_what_every_flag_is_and_its_default(build):
     parser = build()
+    assert not re.search(r"-\S+ \[?[A-Z]\b", parser.format_help())  # no bare letters
     text = " ".join(parser.format_help().split())
     for action in parser._actions:
-        assert action.help and action.help.split()[0] not in ("B", "d")
+        assert action.help
         if action.default not in (None, "", "==SUPPRESS==") and action.dest != "version":
             assert f"(default: {action.default})" in text
 
