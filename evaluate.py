@@ -1,6 +1,9 @@
 """Recall@K of a checkpoint, or of a run folder's best one: python evaluate.py CHECKPOINT"""
 
+import io
 from pathlib import Path
+
+import numpy as np
 
 import dataset
 from dataset.loader import batches, test_loader
@@ -8,10 +11,10 @@ from flags import Parser, add_data_flags, add_network_flags, given_flags, parse_
 from net import CHOICES, create_model, model_name, network_of
 from net.weights import load_strictly
 from retrieval.embed import embed
-from retrieval.metrics import recall_at_k
+from retrieval.metrics import precision_at_r, recall_at_k
 from runs.checkpoint import epoch_of
 from runs.folder import checkpoint_in
-from storage import read_checkpoint, write_json
+from storage import read_checkpoint, write_atomically, write_json
 from utils import UserError, choose_device, plural, progress, run, warn
 
 
@@ -21,24 +24,32 @@ def build_parser():
     add("checkpoint", nargs="?", help="train.py's or a published one, or a run folder")
     add("--resume", metavar="CHECKPOINT", help="the same, as the published script has it")
     add("--remark", default="", metavar="TEXT", help="printed with the result")
-    add("--json", metavar="PATH", help="also write the recalls, in per cent, to this file")
+    add("--json", metavar="PATH", help="also write the metrics, in per cent, to this file")
+    add("--export", metavar="PATH", help="also write embeddings, classes and paths to this .npz")
     add_data_flags(parser, dataset.canonical_name, dataset.CHOICES, batch_size=150)
     add_network_flags(parser, model_name, CHOICES)
     return parser
 
 
-def evaluate(model, loader, device, ks, queries=None, watch=iter):
-    """{k: Recall@K} of all images among each other, or of the first `queries` among the rest.
-    Leaves `model` in eval mode; `watch` goes around the batches."""
+def evaluate(model, loader, device, ks, queries=None, at_r=False, watch=iter):
+    """{metric: fraction} of the loader's images, as `scores` has it; `watch` goes around the
+    batches. Leaves `model` in eval mode."""
     tested = progress(watch(batches(loader, device)), len(loader), "evaluating")
-    embeddings, labels = embed(model, tested)
+    return scores(*embed(model, tested), ks, queries, at_r)
+
+
+def scores(embeddings, labels, ks, queries=None, at_r=False):
+    """{"R@K": fraction} and `at_r` {"MAP@R", "R-Precision"} too, of all images among each other, or
+    of the first `queries` among the rest."""
     if not embeddings.isfinite().all():
         raise UserError("the network's embeddings are not all finite: its weights are of no use")
-    if queries is None:
-        return recall_at_k(embeddings, labels, ks)
-    return recall_at_k(
-        embeddings[:queries], labels[:queries], ks, embeddings[queries:], labels[queries:]
-    )
+    query, gallery = (embeddings, labels), ()
+    if queries is not None:
+        query, gallery = (
+            (embeddings[part], labels[part]) for part in (slice(queries), slice(queries, None))
+        )
+    found = {f"R@{k}": recall for k, recall in recall_at_k(*query, ks, *gallery).items()}
+    return found | (precision_at_r(*query, *gallery) if at_r else {})
 
 
 def describe(name, images):
@@ -63,7 +74,8 @@ def resolve_flags(parser, argv):
     path = checkpoint_in(args.checkpoint or args.resume, ("best", "last", "previous"))
     checkpoint = read_checkpoint(path)
     _, theirs = network_of(checkpoint, path)
-    kept = vars(args).keys() - {"checkpoint", "resume", "json", "gpu_id", "workers", "remark"}
+    own = {"checkpoint", "resume", "json", "export", "gpu_id", "workers", "remark"}
+    kept = vars(args).keys() - own
     if theirs.get("train_on") == "all" and not {"dataset", "data_root"} & given.keys():
         raise UserError(f"{path}: trained on all classes of {theirs['dataset']}, so that none are "
                         "left to test it on; name another data set with --dataset")  # fmt: skip
@@ -92,11 +104,25 @@ def images_of(flags):
     return f"{dataset.title(flags['dataset'])}{place}"
 
 
+def export(path, embeddings, images):
+    """An .npz file that numpy.load reads: embeddings [N, d], labels [N], classes [C], paths [N];
+    where there is a gallery, queries too: how many images come before it."""
+    buffer = io.BytesIO()
+    queries = {} if images.queries is None else {"queries": images.queries}
+    np.savez(
+        buffer, embeddings=embeddings.cpu().numpy(), labels=images.labels.numpy(),
+        classes=np.array(images.classes), paths=np.array(images.paths), **queries,
+    )  # fmt: skip
+    write_atomically(Path(path).resolve(), buffer.getbuffer())
+    print(f"{path}: {plural(len(images), 'embedding')} of {embeddings.shape[1]} dimensions")
+
+
 def main(argv=None):
     args, checkpoint = resolve_flags(build_parser(), argv)
-    out = args.json and Path(args.json).resolve()
-    if out and (out.exists() and not out.is_file() or not out.parent.is_dir()):
-        raise UserError(f"--json {args.json}: not a file's path in a folder that exists")
+    for flag, name in (("--json", args.json), ("--export", args.export)):
+        out = name and Path(name).resolve()
+        if out and (out.exists() and not out.is_file() or not out.parent.is_dir()):
+            raise UserError(f"{flag} {name}: not a file's path in a folder that exists")
     device = choose_device(args.gpu_id)
     state, theirs = network_of(checkpoint, args.checkpoint)
     model = create_model(args.model, args.embedding_size, theirs["disent"], args.l2_norm)
@@ -109,15 +135,19 @@ def main(argv=None):
         images, args.image_size, args.batch_size, args.workers, device, model.interpolation
     )
     ks = dataset.ks(args.dataset, args.ks)
-    recalls = evaluate(model.to(device), loader, device, ks, images.queries)
+    tested = progress(batches(loader, device), len(loader), "evaluating")
+    embeddings, labels = embed(model.to(device), tested)
+    found = scores(embeddings, labels, ks, images.queries, args.metrics)
+    found = {metric: 100 * fraction for metric, fraction in found.items()}
 
     print(f"{args.checkpoint} {args.remark}".strip())
-    for k, recall in recalls.items():
-        print(f"R@{k} : {100 * recall:.3f}")
-    if out:
-        recalls = {f"R@{k}": 100 * recall for k, recall in recalls.items()}
-        write_json(out, {
-            **recalls, "dataset": args.dataset, "data_root": args.data_root, "split": "test",
+    for metric, percent in found.items():
+        print(f"{metric} : {percent:.3f}")
+    if args.export:
+        export(args.export, embeddings, images)
+    if args.json:
+        write_json(Path(args.json).resolve(), {
+            **found, "dataset": args.dataset, "data_root": args.data_root, "split": "test",
             "checkpoint": args.checkpoint, "epoch": epoch_of(checkpoint),
         })  # fmt: skip
 

@@ -44,6 +44,8 @@ def add_data_flags(parser, data_set, choices, batch_size):
         help="folder of the data sets, or with --dataset folder of the images")  # fmt: skip
     add("--ks", nargs="+", type=at_least(1),
         help="of Recall@K; by default the data set's published ones, or 1 2 4 8")  # fmt: skip
+    add("--metrics", default=False, const=True, nargs="?", type=boolean,
+        help="MAP@R and R-Precision beside Recall@K")  # fmt: skip
     add("--image-size", default=224, type=at_least(1, most=2**12),
         help="side of the input; tests take the centre of images of 256/224 of it")  # fmt: skip
     add("--batch-size", default=batch_size, type=at_least(1), help="images a batch")

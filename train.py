@@ -29,7 +29,7 @@ from losses import LOSSES
 from net import CHOICES, model_name
 from recipe import OPTIMIZERS, Training, loss_noise, prepare_epoch, settle_loss, train_step
 from runs.checkpoint import bytes_needed, capture, restore
-from runs.results import Epoch, print_result, recalls_of, result_of, summary
+from runs.results import Epoch, print_result, result_of, scores_of, summary
 from runs.start import describe_process, open_run, warn_of_other_bits
 from runs.tracking import track, wandb_mode
 from utils import Interrupted, Stop, UserError, choose_device, progress, run, seed_of
@@ -115,7 +115,7 @@ def train_epoch(training, loader, epoch, after_step):
         epoch.tick("step")
 
 
-def run_epoch(training, train_batches, recalls_of_test, epoch, run_folder, stop):
+def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
     """Train what is left of an epoch, save, evaluate, save; the epoch's result. Where a signal or a
     damaged image ends it, what is done is saved, and the exception says how to go on."""
     args, files = training.args, train_batches.batch_sampler.files
@@ -136,10 +136,10 @@ def run_epoch(training, train_batches, recalls_of_test, epoch, run_folder, stop)
         train_epoch(training, train_batches, epoch, after_step)
         epoch.fetch(files)
         epoch.tick("step")  # on a GPU the steps that are queued end with the fetch
-        started, recalls = time.perf_counter(), {}
-        if recalls_of_test:
+        started, scores = time.perf_counter(), {}
+        if test_scores:
             save()  # evaluating takes long enough to be interrupted in any way
-            recalls = recalls_of_test(watch=stop.between)
+            scores = test_scores(watch=stop.between)
     except (Interrupted, UnreadableImage) as error:
         if epoch.step:  # else there is nothing new to save
             save()
@@ -149,7 +149,7 @@ def run_epoch(training, train_batches, recalls_of_test, epoch, run_folder, stop)
             raise
         raise UserError(f"{error}. What was trained is saved; with a good file in its place, "
                         f"continue with: {go_on}") from error  # fmt: skip
-    result = result_of(training, epoch, len(train_batches), recalls, time.perf_counter() - started)
+    result = result_of(training, epoch, len(train_batches), scores, time.perf_counter() - started)
     training.history.append(result)
     training.scheduler.step()
     run_folder.save_epoch(capture(training))
@@ -217,9 +217,9 @@ def main(argv=None):
     train_batches = train_loader(
         train, size, batch_size, args.seed, images_per_class=args.IPC, **loading
     )
-    recalls_of_test = test and partial(
+    test_scores = test and partial(
         evaluate, training.model, test_loader(test, size, batch_size, **loading), device,
-        dataset.ks(args.dataset, args.ks), test.queries,
+        dataset.ks(args.dataset, args.ks), test.queries, args.metrics,
     )  # fmt: skip
     description = run_folder.claim(args, new=checkpoint is None)
     run_folder.require_room(bytes_needed(training))
@@ -231,18 +231,18 @@ def main(argv=None):
     with Stop() as stop, track(args, mode, run_folder.folder, run_id) as wandb_run:
         description["wandb_id"] = wandb_run.id if wandb_run else run_id
         run_folder.start(description, training.history if checkpoint else None)
-        train_from(epoch, training, train_batches, recalls_of_test, run_folder, stop, wandb_run)
+        train_from(epoch, training, train_batches, test_scores, run_folder, stop, wandb_run)
     run_folder.previous.unlink(missing_ok=True)  # a finished run needs no second one
     print(summary(training.history), end="")
     print(f"run folder: {run_folder.folder}")
 
 
-def train_from(epoch, training, train_batches, recalls_of_test, run_folder, stop, wandb_run):
+def train_from(epoch, training, train_batches, test_scores, run_folder, stop, wandb_run):
     while epoch.number < training.args.epochs:
-        result = run_epoch(training, train_batches, recalls_of_test, epoch, run_folder, stop)
+        result = run_epoch(training, train_batches, test_scores, epoch, run_folder, stop)
         print_result(result)
         if wandb_run:
-            fractions = {key: value / 100 for key, value in recalls_of(result).items()}
+            fractions = {key: value / 100 for key, value in scores_of(result).items()}
             wandb_run.log({"loss": result["loss"], **fractions}, step=epoch.number)
         epoch = Epoch(epoch.number + 1)
 

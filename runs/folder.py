@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from runs.checkpoint import network_alone
-from runs.results import best_of, recalls_of, summary
+from runs.results import best_of, scores_of, summary
 from storage import read_checkpoint, temporary_of, write_atomically, write_checkpoint, write_json
 from utils import UserError, warn
 
@@ -88,7 +88,7 @@ class RunFolder:
         """Save a finished epoch. What --resume reads comes last, so that an interrupted save is
         an epoch that never happened."""
         history = checkpoint["history"]
-        if recalls_of(history[-1]) and best_of(history) is history[-1]:
+        if scores_of(history[-1]) and best_of(history) is history[-1]:
             write_checkpoint(self.best, network_alone(checkpoint))
         self.write_results(history)
         self.save(checkpoint)

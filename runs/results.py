@@ -51,7 +51,7 @@ class Epoch:
         return {"step": self.step, "totals": self.totals, "seconds": self.seconds}
 
 
-def result_of(training, epoch, steps, recalls, seconds_eval):
+def result_of(training, epoch, steps, scores, seconds_eval):
     """An epoch's line of metrics.jsonl."""
     trained = sum(epoch.seconds.values())
     return {
@@ -63,14 +63,14 @@ def result_of(training, epoch, steps, recalls, seconds_eval):
         **{f"seconds_{what}": seconds for what, seconds in epoch.seconds.items()},
         "seconds_eval": seconds_eval,
         "images_per_second": epoch.step * training.args.batch_size / max(trained, 1e-9),
-        **{f"R@{k}": 100 * recall for k, recall in recalls.items()},
+        **{metric: 100 * fraction for metric, fraction in scores.items()},
     }  # fmt: skip
 
 
 def print_result(result):
-    recalls = "".join(f"{key} {value:.2f}  " for key, value in recalls_of(result).items())
+    scores = "".join(f"{key} {value:.2f}  " for key, value in scores_of(result).items())
     print(
-        f"epoch {result['epoch']}  loss {result['loss']:.4f}  {recalls}"
+        f"epoch {result['epoch']}  loss {result['loss']:.4f}  {scores}"
         f"({result['seconds']:.1f} s: data {result['seconds_data']:.1f}, steps "
         f"{result['seconds_step']:.1f}, evaluation {result['seconds_eval']:.1f}; "
         f"{result['images_per_second']:.0f} images/s)",
@@ -80,24 +80,25 @@ def print_result(result):
 
 def best_of(history):
     """The first epoch with the greatest R@1, or R@K of the least K there is."""
-    k = next(iter(recalls_of(history[-1])))
+    k = next(iter(scores_of(history[-1])))
     return max(history, key=lambda result: result[k])
 
 
-def recalls_of(result):
-    return {key: value for key, value in result.items() if key.startswith("R@")}
+def scores_of(result):
+    """The retrieval metrics of an epoch's result, Recall@K of the least K first."""
+    return {key: result[key] for key in result if key.startswith(("R@", "MAP@R", "R-Precision"))}
 
 
 def summary(history):
     """The published script's result file, with the last epoch beside the best."""
-    if not recalls_of(history[-1]):
+    if not scores_of(history[-1]):
         return (
             f"Last Epoch: {history[-1]['epoch']}\nTrained on all classes: none is left to test.\n"
         )
     lines = []
     for title, result in (("Best", best_of(history)), ("Last", history[-1])):
         lines.append(f"{title} Epoch: {result['epoch']}")
-        for key, value in recalls_of(result).items():
+        for key, value in scores_of(result).items():
             lines.append(f"{title} {key.replace('R@', 'Recall@')}: {value:.4f}")
     # differs: the script gives the best epoch alone, and does not say how it was chosen
     lines.append("The best epoch is chosen on the test set, the last one is not.")

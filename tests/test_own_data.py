@@ -6,6 +6,7 @@ import os
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -424,6 +425,33 @@ def test_the_recalls_reported_are_those_asked_for(here, capsys):
     assert printed[-3:] == ["R@1", "R@3", "R@10"]
     evaluate.main([str(run), "--workers", "0", "--ks", "5"])
     assert capsys.readouterr().out.splitlines()[-1].startswith("R@5 : ")
+
+
+def test_map_at_r_and_r_precision_are_reported_where_asked_for(here, capsys):
+    make_inshop(here / "data")
+    train.main(shlex.split(OWN + "--dataset Inshop --metrics --epochs 1"))
+    run, out = run_folder(here), capsys.readouterr().out
+    record = metrics(run)[0]
+    assert f"MAP@R {record['MAP@R']:.2f}  R-Precision {record['R-Precision']:.2f}  (" in out
+    assert f"Last MAP@R: {record['MAP@R']:.4f}\n" in out
+    evaluate.main([str(run), "--workers", "0", "--json", "r.json", "--export", "e.npz"])
+    found = json.loads(Path("r.json").read_text())
+    assert all(found[key] == record[key] for key in record if "R@" in key or "R-" in key)
+
+    with np.load("e.npz") as file:  # and the same from the export, by hand
+        x, labels, q = file["embeddings"], file["labels"], int(file["queries"])
+        assert [Path(path).parent.name for path in file["paths"]] == list(file["classes"][labels])
+    total = 0
+    for i in range(q):
+        hits = labels[q:][np.argsort(-(x[q:] @ x[i]))] == labels[i]
+        total += hits[: hits.sum()].sum() / max(hits.sum(), 1)
+    assert found["R-Precision"] == pytest.approx(100 * total / q)
+    capsys.readouterr()
+    evaluate.main([str(run), "--workers", "0", "--metrics", "0"])
+    assert "MAP@R" not in capsys.readouterr().out
+    assert "--export nowhere/e.npz: not a file's" in fails(
+        f"'{run}' --export nowhere/e.npz", capsys, evaluate.main
+    )
 
 
 def test_only_train_draws_the_demo(here, capsys):
