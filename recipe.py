@@ -29,7 +29,7 @@ def settle_loss(args):
     """Give the loss's own values to the flags that were left to it."""
     for name, value in own_values(args.loss).items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, value if value is None else float(value))  # as one that is given
         elif value is None:
             what = {"mrg": "margin", "alpha": "scale", "proxy_lr_factor": "proxies"}[name]
             raise UserError(f"--{name.replace('_', '-')}: --loss {args.loss} has no {what}")

@@ -29,9 +29,9 @@ from losses import LOSSES
 from net import CHOICES, model_name
 from recipe import OPTIMIZERS, Training, loss_noise, prepare_epoch, settle_loss, train_step
 from runs.checkpoint import bytes_needed, capture, restore
-from runs.results import Epoch, print_result, result_of, scores_of, summary
+from runs.results import Epoch, print_result, result_of, summary
 from runs.start import describe_process, open_run, warn_of_other_bits
-from runs.tracking import track, wandb_mode
+from runs.tracking import log_epoch, track, wandb_mode
 from utils import Interrupted, Stop, UserError, choose_device, progress, run, seed_of
 
 STEP = 2  # a step's stream of random numbers, beside the sampler's and the augmentation's
@@ -228,7 +228,11 @@ def main(argv=None):
     if checkpoint:
         warn_of_other_bits(description, process)
         description["resumed"].append(process)
-    with Stop() as stop, track(args, mode, run_folder.folder, run_id) as wandb_run:
+    counts = {split: {"images": len(images), "classes": len(images.classes)}
+              for split, images in (("train", train), ("test", test)) if images}  # fmt: skip
+    config = {**vars(args), **process, "data": counts}
+    following = track(args, mode, run_folder.folder, run_id, config, training.history)
+    with Stop() as stop, following as wandb_run:
         description["wandb_id"] = wandb_run.id if wandb_run else run_id
         run_folder.start(description, training.history if checkpoint else None)
         train_from(epoch, training, train_batches, test_scores, run_folder, stop, wandb_run)
@@ -242,9 +246,15 @@ def train_from(epoch, training, train_batches, test_scores, run_folder, stop, wa
         result = run_epoch(training, train_batches, test_scores, epoch, run_folder, stop)
         print_result(result)
         if wandb_run:
-            fractions = {key: value / 100 for key, value in scores_of(result).items()}
-            wandb_run.log({"loss": result["loss"], **fractions}, step=epoch.number)
+            log_epoch(wandb_run, training.history, **memory_of(training.device))
         epoch = Epoch(epoch.number + 1)
+
+
+def memory_of(device):
+    """The most that was taken of a GPU's memory so far."""
+    if device.type != "cuda":
+        return {}
+    return {"gpu_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ def print_result(result):
 
 
 def best_of(history):
-    """The first epoch with the greatest R@1, or R@K of the least K there is."""
-    k = next(iter(scores_of(history[-1])))
+    """The first epoch with the greatest R@1, or R@K of the least K; without a test, the last."""
+    k = next(iter(scores_of(history[-1])), "epoch")
     return max(history, key=lambda result: result[k])
 
 

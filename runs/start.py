@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import shlex
+import shutil
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -127,7 +129,10 @@ def describe_process(argv, device):
     """What it takes to state this run again: the command, the versions, the machine."""
     argv = sys.argv[1:] if argv is None else argv
     cuda = device.type == "cuda"
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
     return {
+        "commit": commit.stdout.strip() if commit else "",  # none in an unpacked archive
         "command": shlex.join(["python", "train.py", *argv]),
         "versions": {
             "ddml": VERSION,

@@ -7,7 +7,8 @@ import re
 from urllib.parse import urlparse
 
 import dataset
-from utils import UserError, warn
+from runs.results import best_of, scores_of
+from utils import Interrupted, UserError, warn
 
 WANDB_MODES = {"online": "online", "offline": "offline", "disabled": "disabled",
                "run": "online", "dryrun": "offline"}  # fmt: skip
@@ -49,28 +50,40 @@ def has_wandb_account():
 
 
 @contextlib.contextmanager
-def track(args, mode, folder, run_id):
+def track(args, mode, folder, run_id, config, history):
     """The wandb run, new or with `run_id` continued; None, and wandb is not imported, if mode is
-    `disabled`. An exception ends it as failed, without wandb printing a traceback of its own."""
+    `disabled`. What it lacks of `history` is logged. An exception ends it as failed, a signal as
+    preempted, without wandb printing a traceback of its own."""
     if mode == "disabled":
         yield None
         return
-    run = start_wandb(args, mode, folder, run_id)
+    run = start_wandb(args, mode, folder, run_id, config)
+    run.define_metric("epoch")
+    run.define_metric("*", step_metric="epoch")
+    for done in range(run.starting_step, len(history)):  # 0 in a new file of an offline run
+        log_epoch(run, history[: done + 1])
     try:
         yield run
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, Interrupted):
+            run.mark_preempting()
         run.finish(exit_code=1)
         raise
     run.finish()
 
 
-def start_wandb(args, mode, folder, run_id):
+def start_wandb(args, mode, folder, run_id, config):
     import wandb
 
-    project = re.sub(r"[/\\#?%:]", "_", dataset.title(args.dataset))[:100]  # what wandb forbids
+    title = re.sub(r"[/\\#?%:]", "_", dataset.title(args.dataset))[:90]  # what wandb forbids
+    method = f"ddml-{args.loss}" if args.disent else args.loss
+    group = f"{title}-{'ddml' if method == 'ddml-Proxy_Anchor' else method}"
     settings = {
-        "project": f"{project}_DDML+PA", "name": folder.name, "dir": str(folder),
-        "config": vars(args),
+        "name": os.environ.get("WANDB_NAME") or f"{group}-s{args.seed}{args.remark}",
+        "project": os.environ.get("WANDB_PROJECT") or f"{title}_DDML+PA",
+        "group": os.environ.get("WANDB_RUN_GROUP") or group,
+        "tags": [args.loss, "DDML" if args.disent else "plain", args.model],
+        "dir": str(folder), "config": config,
     }  # fmt: skip
     try:
         return wandb.init(
@@ -83,3 +96,16 @@ def start_wandb(args, mode, folder, run_id):
         warn(f"wandb cannot be reached, logging offline ({' '.join(str(error).split())})")
         wandb.teardown()  # the failed attempt still holds its run
         return wandb.init(mode="offline", **settings)
+
+
+def log_epoch(run, history, **more):
+    """The newest of the results, recalls as the published script's fractions, and the best."""
+    result, best = history[-1], best_of(history)
+    in_percent = scores_of(result)
+    numbers = {name: value for name, value in result.items() if value is not None}
+    run.log(numbers | {name: in_percent[name] / 100 for name in in_percent} | more,
+            step=result["epoch"])  # fmt: skip
+    for which, chosen in (("last", result), ("best", best)):
+        run.summary[f"{which}/epoch"] = chosen["epoch"]
+        for name, value in scores_of(chosen).items():
+            run.summary[f"{which}/{name}"] = value / 100

@@ -8,10 +8,12 @@ import sys
 from urllib.parse import urlparse
 
 import pytest
+import yaml
 
 import train
 from runs import tracking
 from tests.conftest import ROOT, TINY, fails, make_cub, metrics, run_folder
+from utils import Interrupted
 
 
 def read_offline_run(folder):
@@ -33,30 +35,111 @@ def read_offline_run(folder):
     return records
 
 
-def test_an_offline_wandb_run_holds_the_project_every_flag_and_every_epochs_numbers(here):
+def the_run(records):
+    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    return run
+
+
+def values(items):
+    return {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+
+
+def history_of(records):
+    return [values(r.history.item) for r in records if r.WhichOneof("record_type") == "history"]
+
+
+def newest_offline_run(folder):
     import wandb
 
+    wandb.teardown()  # the file is written by a process of wandb's own, complete once that ends
+    for old in sorted(folder.glob("wandb/offline-run-*"))[:-1]:
+        old.rename(folder / "wandb" / f"old-{old.name}")
+    return read_offline_run(folder)
+
+
+def test_an_offline_wandb_run_holds_what_people_look_at(here):
     make_cub(here / "data")
     train.main(shlex.split(TINY.replace("--wandb disabled", "--wandb auto")))
     folder = run_folder(here)
-    wandb.teardown()  # the file is written by a process of wandb's own, complete once that ends
-    records = read_offline_run(folder)
-    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    assert run.project == "cub_DDML+PA"
-    flags = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert flags.items() >= json.loads((folder / "args.json").read_text())["flags"].items()
-    assert flags["al"] == 1 and flags["batch_size"] == 8 and flags["lr_decay_gamma"] == 0.5
+    records = newest_offline_run(folder)
+    run = the_run(records)
+    assert run.project == "cub_DDML+PA" and run.display_name == "cub-ddml-s1"
+    assert run.run_group == "cub-ddml" and set(run.tags) == {"Proxy_Anchor", "DDML", "toy"}
+    config = values(run.config.update)
+    described = json.loads((folder / "args.json").read_text())
+    assert config.items() >= described["flags"].items()
+    assert config["al"] == 1 and config["batch_size"] == 8 and config["lr_decay_gamma"] == 0.5
+    assert config["versions"] == described["versions"] and config["commit"] == described["commit"]
+    assert config["data"]["test"] == {"images": 20, "classes": 2}
 
-    history = [
-        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in r.history.item}
-        for r in records
-        if r.WhichOneof("record_type") == "history"
-    ]
-    for row, record in zip(history, metrics(folder), strict=True):
-        assert row["_step"] == record["epoch"]
-        assert row["loss"] == record["loss"]
+    defined = [record.metric for record in records if record.WhichOneof("record_type") == "metric"]
+    assert {metric.name or metric.glob_name for metric in defined} == {"epoch", "*"}
+    for row, record in zip(history_of(records), metrics(folder), strict=True):
+        assert row["_step"] == row["epoch"] == record["epoch"]
+        for name in ("loss", "metric", "agnostic", "specific", "split", "lr", "seconds",
+                     "images_per_second"):  # fmt: skip
+            assert row[name] == record[name]
         for k in (1, 2, 4, 8, 16, 32):
             assert row[f"R@{k}"] == pytest.approx(record[f"R@{k}"] / 100)
+    summary = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "summary":
+            summary |= values(record.summary.update)
+    best = max(metrics(folder), key=lambda record: record["R@1"])
+    assert summary["best/epoch"] == best["epoch"] and summary["last/epoch"] == 1
+    assert summary["best/R@1"] == pytest.approx(best["R@1"] / 100)
+
+
+def test_a_plain_run_is_not_called_ddml_and_the_environment_names_it(here, monkeypatch):
+    make_cub(here / "data")
+    command = TINY.replace("--wandb disabled", "--wandb offline") + "--epochs 1 --disent False "
+    train.main(shlex.split(command + "--seed 2"))
+    run = the_run(newest_offline_run(run_folder(here)))
+    assert (run.display_name, run.run_group) == ("cub-Proxy_Anchor-s2", "cub-Proxy_Anchor")
+    assert set(run.tags) == {"Proxy_Anchor", "plain", "toy"}
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_NAME", "first")
+    train.main(shlex.split(command + "--LOG_DIR other"))
+    (folder,) = here.glob("other/*/*")
+    run = the_run(newest_offline_run(folder))
+    assert (run.project, run.display_name) == ("mine", "first")
+
+
+def test_a_resumed_offline_run_is_the_same_run_with_every_epoch_once(here):
+    make_cub(here / "data")
+    command = TINY.replace("--wandb disabled", "--wandb offline")
+    train.main(shlex.split(command + "--epochs 2"))
+    folder = run_folder(here)
+    first = the_run(newest_offline_run(folder))
+    train.main(shlex.split(command + "--epochs 3 --resume"))
+    records = newest_offline_run(folder)
+    again = the_run(records)
+    assert again.run_id == first.run_id
+    assert values(again.config.update)["alpha"] == values(first.config.update)["alpha"]
+    assert [row["_step"] for row in history_of(records)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("error, code", [(Interrupted(15), 1), (ValueError("a bug"), 1)])
+def test_a_signal_is_no_failure_of_the_run(here, monkeypatch, error, code):
+    make_cub(here / "data")
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(train, "train_step", fail)
+    with pytest.raises(type(error)):
+        train.main(shlex.split(TINY.replace("--wandb disabled", "--wandb offline")))
+    kinds = [r.WhichOneof("record_type") for r in newest_offline_run(run_folder(here))]
+    assert ("preempting" in kinds) == isinstance(error, Interrupted)
+
+
+def test_the_sweep_gives_flags_of_train_py():
+    sweep = yaml.safe_load((ROOT / "sweep.yaml").read_text())
+    assert sweep["program"] == "train.py" and "${args}" in sweep["command"]
+    flags = [f"--{name}={(p.get('values') or [p.get('value', p.get('min'))])[0]}"
+             for name, p in sweep["parameters"].items()]  # fmt: skip
+    args = train.build_parser().parse_args(flags)
+    assert (args.dataset, args.disent, args.al) == ("cub", True, 0.1)
 
 
 def test_wandb_disabled_imports_nothing(tmp_path):
