@@ -14,7 +14,7 @@ from retrieval.embed import embed
 from retrieval.metrics import precision_at_r, recall_at_k
 from runs.checkpoint import epoch_of
 from runs.folder import checkpoint_in
-from storage import read_checkpoint, write_atomically, write_json
+from storage import read_checkpoint, require_writable, write_atomically, write_json
 from utils import UserError, choose_device, plural, progress, run, warn
 
 
@@ -119,10 +119,7 @@ def export(path, embeddings, images):
 
 def main(argv=None):
     args, checkpoint = resolve_flags(build_parser(), argv)
-    for flag, name in (("--json", args.json), ("--export", args.export)):
-        out = name and Path(name).resolve()
-        if out and (out.exists() and not out.is_file() or not out.parent.is_dir()):
-            raise UserError(f"{flag} {name}: not a file's path in a folder that exists")
+    require_writable(args, "json", "export")
     device = choose_device(args.gpu_id)
     state, theirs = network_of(checkpoint, args.checkpoint)
     model = create_model(args.model, args.embedding_size, theirs["disent"], args.l2_norm)

@@ -53,6 +53,16 @@ def write_atomically(path, data, keep=None):
         ) from error
 
 
+def require_writable(args, *flags):
+    """UserError, before the work, where what a flag names cannot be a new file."""
+    for flag in flags:
+        name = getattr(args, flag)
+        out = name and Path(name).resolve()
+        if out and (out.exists() and not out.is_file() or not out.parent.is_dir()):
+            flag = flag.replace("_", "-")
+            raise UserError(f"--{flag} {name}: not a file's path in a folder that exists")
+
+
 def write_json(path, value):
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 

@@ -8,6 +8,7 @@ import sys
 import torch
 
 import evaluate
+import search
 import train
 from dataset import demo
 from tests.conftest import ROOT, make_folder, run_folder
@@ -49,7 +50,7 @@ def test_the_example_runs_in_20_lines():
     assert done.returncode == 0 and done.stdout.count("agnostic") == 3, done.stderr
 
 
-def test_a_folder_of_ones_own_trains_and_evaluates_with_the_two_commands_shown(here):
+def test_a_folder_of_ones_own_trains_evaluates_and_is_searched_with_the_commands_shown(here):
     make_folder(here / "photos", per_class=40)
     text = (ROOT / "README.md").read_text()
     first = re.search(r"^python train.py (--dataset folder .*)$", text, re.M)[1]
@@ -57,6 +58,11 @@ def test_a_folder_of_ones_own_trains_and_evaluates_with_the_two_commands_shown(h
     tiny = "--model toy --weights none --image-size 32 --embedding-size 8 --epochs 1"
     train.main(shlex.split(f"{first} {tiny} --workers 0 --wandb disabled"))
     evaluate.main([second.replace("RUN", run_folder(here).name), "--workers", "0"])
+    third = re.search(r"^python search.py (.*)$", text, re.M)[1]
+    third = third.replace("RUN", run_folder(here).name)
+    next((here / "photos").glob("*/*")).rename("A.jpg")
+    search.main([*shlex.split(third), "--workers", "0"])
+    assert (here / "found.html").stat().st_size > 10_000
 
 
 def test_make_alone_lists_what_there_is():

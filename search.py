@@ -1,0 +1,180 @@
+"""Nearest neighbours of images: python search.py --resume RUN --gallery DIR --query A.jpg B.jpg"""
+
+import hashlib
+import io
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import dataset
+from dataset import table
+from dataset.augment import resize_and_crop
+from dataset.files import SUFFIXES, is_leftover, read_image
+from dataset.loader import Work, make_loader
+from flags import Parser, at_least
+from net import load_model
+from retrieval.page import search_page
+from retrieval.search import nearest
+from runs.folder import checkpoint_in
+from storage import read_checkpoint, require_writable, write_atomically, write_json
+from utils import UserError, choose_device, plural, progress, run, warn
+
+
+def build_parser():
+    parser = Parser(description=__doc__.split(":")[0])
+    add = parser.add_argument
+    add("--resume", required=True, metavar="CHECKPOINT", help="a checkpoint or a run folder")
+    add("--gallery", required=True, metavar="PATH",
+        help="where to search: a folder, a .csv or .tsv list, or an index")  # fmt: skip
+    add("--query", required=True, nargs="+", metavar="FILE", help="images to find others like")
+    add("--top", default=10, type=at_least(1), help="neighbours a query")
+    add("--save-index", metavar="PATH",
+        help="keep the gallery's embeddings in this .npz; used again, only new and changed files "
+        "are embedded")  # fmt: skip
+    add("--json", metavar="PATH", help="also write the neighbours to this file")
+    add("--page", metavar="PATH", help="also write them with pictures to this .html")
+    add("--batch-size", default=150, type=at_least(1), help="images a batch")
+    add("--workers", default=4, type=at_least(0), help="processes that load images")
+    add("--gpu-id", default=0, type=at_least(-1), help="which GPU; -1 for the only one")
+    return parser
+
+
+def files_of(gallery):
+    """The paths of a gallery's images: a list's, or a folder's, those in folders of it too."""
+    if str(gallery).lower().endswith(table.SUFFIXES):
+        splits = dataset.read(str(gallery), None)
+        return [path for items in splits.values() for path, _ in items]
+    if not os.path.isdir(gallery):
+        raise UserError(f"--gallery {gallery}: no such folder, list or index")
+    found = (path for path in Path(gallery).rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(str(path) for path in found if not is_leftover(path))
+
+
+def embed_files(paths, model, size, device, args):
+    """(embeddings [n, d] on the CPU, indices [n] of the files that could be read); the others are
+    named."""
+    loader = make_loader(
+        Work(partial(centred, paths, size, model.interpolation), len(paths)),
+        args.workers, device, collate=keep_readable, batch_size=args.batch_size,
+    )  # fmt: skip
+    embeddings, kept = [torch.empty(0, model.embedding_size)], []
+    with torch.inference_mode():
+        for pixels, index, errors in progress(loader, len(loader), "embedding"):
+            for error in errors:
+                warn(f"skipped {error}")
+            if index:
+                x = model.embed(model.prepare(pixels.to(device, non_blocking=True)))
+                embeddings.append(x.float().cpu())
+                kept += index
+    return torch.cat(embeddings), kept
+
+
+def centred(paths, size, interpolation, index):
+    return resize_and_crop(read_image(paths[index]), size, interpolation), index
+
+
+def keep_readable(items):
+    good = [item for item in items if not isinstance(item, UserError)]
+    pixels = torch.stack([pixels for pixels, _ in good]) if good else torch.empty(0)
+    errors = [str(item) for item in items if isinstance(item, UserError)]
+    return pixels, [index for _, index in good], errors
+
+
+def open_index(path, checkpoint):
+    """An index's arrays; UserError for a file that is none, or one of another checkpoint."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            index = {name: file[name] for name in ("embeddings", "paths", "stamps", "source",
+                                                   "checkpoint")}  # fmt: skip
+    except Exception as error:  # numpy and zipfile fail in many ways
+        raise UserError(f"{path}: not an index that can be read ({error})") from error
+    if str(index["checkpoint"]) != checkpoint:
+        raise UserError(
+            f"{path}: an index of another checkpoint; embed the gallery again with --gallery "
+            f"{index['source']} and another --save-index"
+        )
+    return index
+
+
+def gallery_of(args, checkpoint, embed):
+    """(paths, embeddings [M, d]) of the gallery; what an index holds is not embedded again."""
+    file, source, index = args.save_index, os.path.abspath(args.gallery), None
+    if source.endswith(".npz"):
+        file = file or source
+        index = open_index(source, checkpoint)
+        source = str(index["source"])
+    elif file and os.path.exists(file):
+        index = open_index(file, checkpoint)
+    known = {}
+    if index:
+        keys = zip(index["paths"].tolist(), map(tuple, index["stamps"].tolist()))
+        known = {key: row for row, key in enumerate(keys)}
+    keys = [(path, stamp_of(path)) for path in files_of(source)]
+    new = [key for key in keys if key not in known]
+    embedded, kept = embed([path for path, _ in new])
+    fresh = {new[i]: row for row, i in enumerate(kept)}
+    keys = [key for key in keys if key in known or key in fresh]
+    if not keys:
+        raise UserError(f"--gallery {args.gallery}: no image in it can be read")
+    embeddings = torch.empty(len(keys), embedded.shape[1])
+    for row, key in enumerate(keys):
+        x = embedded[fresh[key]] if key in fresh else index["embeddings"][known[key]]
+        embeddings[row] = torch.as_tensor(x)
+    paths = [path for path, _ in keys]
+    print(f"gallery: {plural(len(paths), 'image')}, {len(kept):,} of them embedded now; "
+          f"{len(new) - len(kept):,} skipped")  # fmt: skip
+    if file:
+        buffer = io.BytesIO()
+        np.savez(
+            buffer, embeddings=embeddings.numpy(), paths=np.array(paths), source=source,
+            stamps=np.array([stamp for _, stamp in keys]), checkpoint=checkpoint,
+        )  # fmt: skip
+        write_atomically(Path(file).resolve(), buffer.getbuffer())
+    return paths, embeddings
+
+
+def stamp_of(path):
+    """By which a changed file is known."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    require_writable(args, "json", "page", "save_index")
+    device = choose_device(args.gpu_id)
+    path = checkpoint_in(args.resume, ("best", "last", "previous"))
+    model = load_model(path).to(device)
+    size = read_checkpoint(path).get("args", {}).get("image_size", 224)
+    checkpoint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+    loading = {"size": size, "device": device, "args": args}
+    queries, kept = embed_files(args.query, model, **loading)
+    if len(kept) < len(args.query):
+        raise UserError("--query: not an image, as said above")
+    paths, gallery = gallery_of(
+        args, checkpoint, lambda paths: embed_files(paths, model, **loading)
+    )
+    similarities, indices = nearest(queries, gallery, args.top)
+    results = [
+        {"query": query, "neighbours": [
+            {"path": paths[index], "similarity": similarity}
+            for similarity, index in zip(row.tolist(), found.tolist())
+        ]}
+        for query, row, found in zip(args.query, similarities, indices)
+    ]  # fmt: skip
+    for result in results:
+        print(result["query"])
+        for rank, found in enumerate(result["neighbours"], start=1):
+            print(f"{rank:4d}  {found['similarity']:.4f}  {found['path']}")
+    if args.json:
+        write_json(Path(args.json).resolve(), results)
+    if args.page:
+        write_atomically(Path(args.page).resolve(), search_page(results).encode())
+
+
+if __name__ == "__main__":
+    run(main)
