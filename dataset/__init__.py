@@ -2,7 +2,8 @@
 
 Each is a module with `read(root) -> {split: [(path, class name)]}` and the KS of its Recall@K.
 Published ones also have their PUBLISHED counts, and as RECIPE the flags of their published command
-that are not every data set's default. Of users' own, OWN is the flag that says which they are.
+that are not every data set's default, as PAPER the paper's recalls. Of users' own, OWN is the flag
+that says which they are.
 """
 
 import os

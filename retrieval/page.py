@@ -37,8 +37,8 @@ def search_page(results):
     sections = []
     for result in results:
         neighbours = "".join(
-            f"<li>{thumbnail(found['path'])}<p>{rank}. <b>{found['similarity']:.3f}</b></p>"
-            f"<p>{html.escape(found['path'])}</p></li>"
+            f"<li>{thumbnail(found['path'])}<p>{rank}. <b>{found['similarity']:.4f}</b></p>"
+            f"<p>{html.escape('/'.join(found['path'].split('/')[-2:]))}</p></li>"
             for rank, found in enumerate(result["neighbours"], start=1)
         )
         query = html.escape(result["query"])

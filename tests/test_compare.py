@@ -1,0 +1,87 @@
+"""compare.py: settings side by side, from the folders that runs leave."""
+
+import csv
+import json
+import shlex
+from statistics import mean, stdev
+
+import pytest
+from PIL import Image
+
+import compare
+import train
+from tests.conftest import TINY, fails, make_cub, metrics
+
+
+@pytest.fixture
+def runs(here):
+    """Two seeds with DDML and two without, one unfinished, one damaged."""
+    make_cub(here / "data")
+    for seed in (1, 2, 3):
+        train.main(shlex.split(TINY + f"--seed {seed} --lr 1e-2"))
+        train.main(shlex.split(TINY + f"--seed {seed} --lr 1e-2 --disent False"))
+    train.main(shlex.split(TINY + "--epochs 1 --remark _short"))
+    (short,) = here.glob("logs/*/*_short")
+    text = (short / "args.json").read_text()
+    (short / "args.json").write_text(text.replace('"epochs": 1', '"epochs": 5'))
+    bad = here / "logs/logs_cub/bad"
+    bad.mkdir()
+    (bad / "args.json").write_text("{")
+    return here
+
+
+def last_r1(runs, pattern):
+    return [metrics(folder)[-1]["R@1"] for folder in sorted(runs.glob(f"logs/*/*{pattern}*"))
+            if not folder.name.endswith("_short")]  # fmt: skip
+
+
+def test_seeds_are_gathered_beside_the_papers_row_and_what_is_left_out_is_listed(runs, capsys):
+    compare.main(["logs", "--csv", "t.csv", "--markdown", "t.md", "--plot", "t.png"])
+    out = capsys.readouterr().out
+    with open("t.csv") as file:
+        ddml, plain = sorted(csv.DictReader(file), key=lambda row: row["--disent"])[1:][::-1]
+    for row, pattern in ((ddml, "al1.0"), (plain, "al0.0")):
+        values = last_r1(runs, pattern)
+        assert row["last R@1"] == f"{mean(values):.2f} ± {stdev(values):.2f} (3)"
+        assert row["epochs"] == "2" and row["last R@1"] in out
+    folders = [path for path in runs.glob("logs/*/*al1.0*") if not path.name.endswith("_short")]
+    best = [max(record["R@1"] for record in metrics(folder)) for folder in folders]
+    assert ddml["best R@1 - paper's"] == f"{mean(best) - 70.0:+.2f}"
+    assert plain["best R@1 - paper's"] == ""
+    assert "the paper's: Proxy_Anchor, DDML" in out and "70.0" in out
+    assert "_short: 1 of 5 epochs" in out and "left out: logs/logs_cub/bad: damaged" in out
+    lines = (runs / "t.md").read_text().splitlines()
+    assert len(lines) == 5 and {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert Image.open("t.png").size[0] > 1000
+
+
+def test_the_difference_to_a_baseline_is_paired_by_seed(runs, capsys):
+    compare.main(["logs", "--baseline", "disent=False", "--csv", "t.csv"])
+    with open("t.csv") as file:
+        rows = {row["--disent"]: row["last R@1 - baseline's"] for row in csv.DictReader(file)}
+    by_seed = {}
+    for folder in runs.glob("logs/*/*"):
+        if (folder / "metrics.jsonl").exists() and not folder.name.endswith("_short"):
+            flags = json.loads((folder / "args.json").read_text())["flags"]
+            by_seed[flags["seed"], flags["disent"]] = metrics(folder)[-1]["R@1"]
+    differences = [by_seed[seed, True] - by_seed[seed, False] for seed in (1, 2, 3)]
+    half = 4.302652729911275 * stdev(differences) / 3**0.5  # t of 2 degrees of freedom
+    assert rows["True"] == f"{mean(differences):+.2f} ± {half:.2f} (3)"
+    assert rows["False"] == "baseline"
+
+
+@pytest.mark.parametrize("flags, line", [
+    ("nowhere", "nowhere: no such folder"),
+    ("", "required: FOLDER"),
+    (". --baseline disent", "--baseline disent: no finished run has it"),
+    (". --baseline lr=7", "--baseline lr=7: no finished run has it"),
+    (". --plot nowhere/t.png", "--plot nowhere/t.png: not a file's path"),
+    (". --basline lr=7", "did you mean --baseline?"),
+])  # fmt: skip
+def test_a_bad_comparison_ends_in_one_line(here, capsys, flags, line):
+    assert line in fails(flags, capsys, compare.main)
+
+
+def test_without_a_finished_run_it_says_so(here, capsys):
+    compare.main(["."])
+    assert capsys.readouterr().out == "no finished run\n"
