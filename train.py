@@ -29,6 +29,7 @@ from losses import LOSSES
 from net import CHOICES, model_name
 from recipe import OPTIMIZERS, Training, loss_noise, prepare_epoch, settle_loss, train_step
 from runs.checkpoint import bytes_needed, capture, restore
+from runs.curves import draw_curves
 from runs.results import Epoch, print_result, result_of, summary
 from runs.start import describe_process, open_run, warn_of_other_bits
 from runs.tracking import log_epoch, track, wandb_mode
@@ -237,6 +238,8 @@ def main(argv=None):
         run_folder.start(description, training.history if checkpoint else None)
         train_from(epoch, training, train_batches, test_scores, run_folder, stop, wandb_run)
     run_folder.previous.unlink(missing_ok=True)  # a finished run needs no second one
+    draw_curves(run_folder.curves, training.history)
+    run_folder.file_lock.release()
     print(summary(training.history), end="")
     print(f"run folder: {run_folder.folder}")
 

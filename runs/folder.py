@@ -28,7 +28,9 @@ class RunFolder:
         self.results = self.folder / f"{name}_best_results.txt"
         self.metrics = self.folder / "metrics.jsonl"
         self.args = self.folder / "args.json"
-        self.files = [self.args, self.metrics, self.results, self.best, self.last, self.previous]
+        self.curves = self.folder / "curves.png"
+        self.files = [self.args, self.metrics, self.results, self.curves, self.best, self.last,
+                      self.previous]  # fmt: skip
         self.file_lock = FileLock(self.folder / ".lock", timeout=LOCK_SECONDS)
 
     def in_use(self):

@@ -319,7 +319,7 @@ def test_an_overwritten_run_is_kept_until_the_new_one_has_saved_something(here, 
     assert kept.read_bytes() == old
     aside = {path: path.read_bytes() for path in run_folder(here).glob("*.replaced")}
     assert "not an image" in fails(TINY, capsys)
-    assert len(aside) == 5 and all(path.read_bytes() == aside[path] for path in aside)
+    assert len(aside) == 6 and all(path.read_bytes() == aside[path] for path in aside)
     for path, data in images.items():
         path.write_bytes(data)
     train.main(shlex.split(TINY + "--overwrite --epochs 1"))

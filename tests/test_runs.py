@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 import train
@@ -164,6 +165,15 @@ def test_the_best_checkpoint_is_the_network_alone_and_a_finished_run_has_no_prev
     ]  # fmt: skip
     best = read_checkpoint(checkpoint_of(run, "best"))
     assert best.keys() == {"model_state_dict", "args", "history", "images"}
+
+
+@pytest.mark.parametrize("flags", ["", "--disent False", "--metrics", "--train-on all --gam 0"])
+def test_a_finished_run_has_its_curves_as_a_picture(here, flags):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + flags))
+    with Image.open(run_folder(here) / "curves.png") as image:
+        image.load()
+        assert image.size[0] > 1000 and len(set(image.convert("L").tobytes())) > 20
 
 
 def test_a_best_checkpoint_alone_starts_a_run_but_is_not_continued(here, run, capsys):

@@ -74,7 +74,7 @@ def test_published_command_trains_and_its_best_checkpoint_evaluates_to_the_same_
     prefix = f"{logs.removeprefix('logs_')}_bn_inception"
     assert {path.name for path in folder.iterdir()} == {
         f"{prefix}_best.pth", f"{prefix}_last.pth", f"{prefix}_best_results.txt", "args.json",
-        "metrics.jsonl", ".lock",
+        "metrics.jsonl", "curves.png", ".lock",
     }  # fmt: skip
     records = metrics(folder)
     assert [record["epoch"] for record in records] == [0, 1]
