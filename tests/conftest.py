@@ -156,6 +156,12 @@ def no_account_no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
 
+@pytest.fixture(autouse=True)
+def curves_in_no_time(monkeypatch):
+    """A picture takes half a second, several hundred runs are made; test_runs.py looks at some."""
+    monkeypatch.setattr(train, "draw_curves", lambda path, history: path.write_bytes(b"a picture"))
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """The current folder, so that ./data and ./logs are in it."""

@@ -91,11 +91,12 @@ def test_ones_own_images_train_resume_and_evaluate_to_the_same_recalls(here, cap
     train.main(shlex.split(command + " --epochs 1"))
     said = capsys.readouterr()
     assert "published" not in said.err + said.out.replace("best epoch", "")
-    train.main(shlex.split(command + " --resume"))
-    train.main(shlex.split(command + " --LOG_DIR whole"))
     run = run_folder(here)
     assert run.parent.name == ("logs_list" if made != "--dataset folder" else "logs_folder")
-    kill.assert_same_run(run, next(here.glob("whole/*/*")))
+    if form in ("folder", "gallery"):  # the others differ in how they are read alone
+        train.main(shlex.split(command + " --resume"))
+        train.main(shlex.split(command + " --LOG_DIR whole"))
+        kill.assert_same_run(run, next(here.glob("whole/*/*")))
 
     evaluate.main([str(run), "--workers", "0", "--json", "r.json"])
     found, records = json.loads(Path("r.json").read_text()), metrics(run)
