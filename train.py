@@ -183,6 +183,28 @@ def load_images(args):
     return train, test
 
 
+def read_from_memory(sets, workers):
+    """Decode all images of the sets once, into memory that they share."""
+    cache = cache_in_memory([path for images in sets for path in images.paths], workers)
+    for images in sets:
+        images.read = cache
+
+
+def build_loading(training, train, test):
+    """The loader of training, and what evaluates the test images, None without any."""
+    args, model, device = training.args, training.model, training.device
+    size, batch_size = args.image_size, args.batch_size
+    loading = {"workers": args.workers, "device": device, "interpolation": model.interpolation}
+    train_batches = train_loader(
+        train, size, batch_size, args.seed, images_per_class=args.IPC, **loading
+    )
+    test_scores = test and partial(
+        evaluate, model, test_loader(test, size, batch_size, **loading), device,
+        dataset.ks(args.dataset, args.ks), test.queries, args.metrics,
+    )  # fmt: skip
+    return train_batches, test_scores
+
+
 def main(argv=None):
     parser = build_parser()
     args, given = given_flags(parser, argv)
@@ -204,24 +226,12 @@ def main(argv=None):
     training = Training(args, len(train.classes), device, weights, digest_of_names(train, test))
     training.model.num_features(args.image_size)  # ends here where the network cannot take it
     if args.cache == "ram":
-        sets = [images for images in (train, test) if images]
-        cache = cache_in_memory([path for images in sets for path in images.paths], args.workers)
-        for images in sets:
-            images.read = cache
+        read_from_memory([images for images in (train, test) if images], args.workers)
     epoch = Epoch(done)
     if checkpoint:
         restore(training, checkpoint, args.resume)
         epoch = Epoch(done, **(checkpoint["partial"] or {}))
-    loading = {"workers": args.workers, "device": device,
-               "interpolation": training.model.interpolation}  # fmt: skip
-    size, batch_size = args.image_size, args.batch_size
-    train_batches = train_loader(
-        train, size, batch_size, args.seed, images_per_class=args.IPC, **loading
-    )
-    test_scores = test and partial(
-        evaluate, training.model, test_loader(test, size, batch_size, **loading), device,
-        dataset.ks(args.dataset, args.ks), test.queries, args.metrics,
-    )  # fmt: skip
+    train_batches, test_scores = build_loading(training, train, test)
     description = run_folder.claim(args, new=checkpoint is None)
     run_folder.require_room(bytes_needed(training))
     run_id, process = description.get("wandb_id"), describe_process(argv, device)
