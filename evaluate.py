@@ -11,8 +11,10 @@ from flags import Parser, add_data_flags, add_network_flags, given_flags, parse_
 from net import CHOICES, create_model, model_name, network_of
 from net.weights import load_strictly
 from retrieval.embed import embed
-from retrieval.metrics import precision_at_r, recall_at_k
+from retrieval.metrics import hits_at_k, precision_at_r, recall_at_k  # noqa: F401 (as an API)
+from retrieval.page import results_page
 from runs.checkpoint import epoch_of
+from runs.curves import draw_curves
 from runs.folder import checkpoint_in
 from storage import read_checkpoint, require_writable, write_atomically, write_json
 from utils import UserError, choose_device, plural, progress, run, warn
@@ -26,21 +28,24 @@ def build_parser():
     add("--remark", default="", metavar="TEXT", help="printed with the result")
     add("--json", metavar="PATH", help="also write the metrics, in per cent, to this file")
     add("--export", metavar="PATH", help="also write embeddings, classes and paths to this .npz")
+    add("--page", metavar="PATH", help="also write a page of queries and neighbours, to look at")
     add_data_flags(parser, dataset.canonical_name, dataset.CHOICES, batch_size=150)
     add_network_flags(parser, model_name, CHOICES)
     return parser
 
 
 def evaluate(model, loader, device, ks, queries=None, at_r=False, watch=iter):
-    """{metric: fraction} of the loader's images, as `scores` has it; `watch` goes around the
-    batches. Leaves `model` in eval mode."""
+    """({metric: fraction} of the loader's images, their embeddings [N, d], {k: hits [Q]}), metrics
+    and hits as `scores` has them; `watch` goes around the batches. Leaves `model` in eval mode."""
     tested = progress(watch(batches(loader, device)), len(loader), "evaluating")
-    return scores(*embed(model, tested), ks, queries, at_r)
+    embeddings, labels = embed(model, tested)
+    metrics, hits = scores(embeddings, labels, ks, queries, at_r)
+    return metrics, embeddings, hits
 
 
 def scores(embeddings, labels, ks, queries=None, at_r=False):
     """{"R@K": fraction} and `at_r` {"MAP@R", "R-Precision"} too, of all images among each other, or
-    of the first `queries` among the rest."""
+    of the first `queries` among the rest; and {k: hits [Q]}, which of them were found."""
     if not embeddings.isfinite().all():
         raise UserError("the network's embeddings are not all finite: its weights are of no use")
     query, gallery = (embeddings, labels), ()
@@ -48,8 +53,9 @@ def scores(embeddings, labels, ks, queries=None, at_r=False):
         query, gallery = (
             (embeddings[part], labels[part]) for part in (slice(queries), slice(queries, None))
         )
-    found = {f"R@{k}": recall for k, recall in recall_at_k(*query, ks, *gallery).items()}
-    return found | (precision_at_r(*query, *gallery) if at_r else {})
+    hits = hits_at_k(*query, ks, *gallery)
+    found = {f"R@{k}": hit.sum().item() / len(hit) for k, hit in hits.items()}
+    return found | (precision_at_r(*query, *gallery) if at_r else {}), hits
 
 
 def describe(name, images):
@@ -74,7 +80,7 @@ def resolve_flags(parser, argv):
     path = checkpoint_in(args.checkpoint or args.resume, ("best", "last", "previous"))
     checkpoint = read_checkpoint(path)
     _, theirs = network_of(checkpoint, path)
-    own = {"checkpoint", "resume", "json", "export", "gpu_id", "workers", "remark"}
+    own = {"checkpoint", "resume", "json", "export", "page", "gpu_id", "workers", "remark"}
     kept = vars(args).keys() - own
     if theirs.get("train_on") == "all" and not {"dataset", "data_root"} & given.keys():
         raise UserError(f"{path}: trained on all classes of {theirs['dataset']}, so that none are "
@@ -119,7 +125,7 @@ def export(path, embeddings, images):
 
 def main(argv=None):
     args, checkpoint = resolve_flags(build_parser(), argv)
-    require_writable(args, "json", "export")
+    require_writable(args, "json", "export", "page")
     device = choose_device(args.gpu_id)
     state, theirs = network_of(checkpoint, args.checkpoint)
     model = create_model(args.model, args.embedding_size, theirs["disent"], args.l2_norm)
@@ -127,14 +133,15 @@ def main(argv=None):
     model.num_features(args.image_size)  # ends here where the network cannot take it
 
     images = dataset.load(args.dataset, args.data_root, "test")
-    print(describe(f"{dataset.title(args.dataset)} test", images))
+    about = describe(f"{dataset.title(args.dataset)} test", images)
+    print(about)
     loader = test_loader(
         images, args.image_size, args.batch_size, args.workers, device, model.interpolation
     )
     ks = dataset.ks(args.dataset, args.ks)
-    tested = progress(batches(loader, device), len(loader), "evaluating")
-    embeddings, labels = embed(model.to(device), tested)
-    found = scores(embeddings, labels, ks, images.queries, args.metrics)
+    found, embeddings, hits = evaluate(
+        model.to(device), loader, device, ks, images.queries, args.metrics
+    )
     found = {metric: 100 * fraction for metric, fraction in found.items()}
 
     print(f"{args.checkpoint} {args.remark}".strip())
@@ -142,6 +149,12 @@ def main(argv=None):
         print(f"{metric} : {percent:.3f}")
     if args.export:
         export(args.export, embeddings, images)
+    if args.page:
+        history = checkpoint.get("history")
+        write_atomically(Path(args.page).resolve(), results_page(
+            args.checkpoint, about, {"this evaluation": found}, images, embeddings, hits,
+            draw_curves(history) if history else None,
+        ))  # fmt: skip
     if args.json:
         write_json(Path(args.json).resolve(), {
             **found, "dataset": args.dataset, "data_root": args.data_root, "split": "test",

@@ -78,7 +78,7 @@ def parse_stored(parser, flags, path):
     """The flags stored in a checkpoint, as a namespace, held to the same rules as typed ones."""
     argv = []
     for name, value in flags.items():
-        if value is not None and name not in ("resume", "overwrite"):  # they are no settings
+        if value is not None and name not in ("resume", "overwrite", "quiet"):  # no settings
             if isinstance(value, list):  # --ks
                 argv += [flag_of(name), *map(str, value)]
             else:

@@ -173,7 +173,7 @@ def main(argv=None):
     if args.json:
         write_json(Path(args.json).resolve(), results)
     if args.page:
-        write_atomically(Path(args.page).resolve(), search_page(results).encode())
+        write_atomically(Path(args.page).resolve(), search_page(results))
 
 
 if __name__ == "__main__":

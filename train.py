@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 import dataset
+import utils
 from dataset.cache import cache_in_memory
 from dataset.files import UnreadableImage
 from dataset.images import digest_of_names
@@ -28,15 +29,19 @@ from flags import (
 from losses import LOSSES
 from net import CHOICES, model_name
 from recipe import OPTIMIZERS, Training, loss_noise, prepare_epoch, settle_loss, train_step
+from retrieval.page import results_page
+from retrieval.picture import draw_neighbours
 from runs.checkpoint import bytes_needed, capture, restore
 from runs.curves import draw_curves
-from runs.results import Epoch, print_result, result_of, summary
+from runs.report import announce, conclude, say_epoch
+from runs.results import Epoch, best_of, result_of, scores_of
 from runs.start import describe_process, open_run, warn_of_other_bits
-from runs.tracking import log_epoch, track, wandb_mode
-from utils import Interrupted, Stop, UserError, choose_device, progress, run, seed_of
+from runs.tracking import address_of, log_epoch, log_picture, track, wandb_mode
+from storage import write_atomically
+from utils import Interrupted, Stop, UserError, choose_device, progress, run, say, seed_of
 
 STEP = 2  # a step's stream of random numbers, beside the sampler's and the augmentation's
-FETCH_EVERY = 50  # steps between two looks at the losses, each of which waits for the device
+FETCH_SECONDS = 1  # between two looks at the losses, each of which waits for the device
 
 
 def build_parser():
@@ -93,6 +98,7 @@ def build_parser():
                         help="start anew where the run folder holds a run")  # fmt: skip
     add("--checkpoint-every", type=at_least(1),
         help="save after this many steps too; by default only at the end of epochs")  # fmt: skip
+    add("--quiet", action="store_true", help="print warnings, errors and the end's results alone")
     add("--wandb", default="auto", choices=["auto", "online", "offline", "disabled"],
         help="auto: online when logged in, else offline")  # fmt: skip
     return parser
@@ -102,7 +108,8 @@ def train_epoch(training, loader, epoch, after_step):
     """The steps of an epoch from `epoch.step` on; `after_step()` follows each of them."""
     model, device, seed = training.model, training.device, training.args.seed
     loader.batch_sampler.set_epoch(epoch.number, epoch.step)
-    steps = progress(batches(loader, device), len(loader), f"epoch {epoch.number}")
+    steps = progress(batches(loader, device), len(loader), f"epoch {epoch.number}",
+                     training.args.batch_size, epoch.note)  # fmt: skip
     epoch.clock = time.perf_counter()
     for pixels, labels, _ in steps:
         epoch.tick("data")
@@ -117,8 +124,9 @@ def train_epoch(training, loader, epoch, after_step):
 
 
 def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
-    """Train what is left of an epoch, save, evaluate, save; the epoch's result. Where a signal or a
-    damaged image ends it, what is done is saved, and the exception says how to go on."""
+    """Train what is left of an epoch, save, evaluate, save; the epoch's result, and the test
+    images' embeddings and hits. Where a signal or a damaged image ends it, what is done is saved,
+    and the exception says how to go on."""
     args, files = training.args, train_batches.batch_sampler.files
 
     def save():
@@ -129,7 +137,7 @@ def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
         stop.check()
         if args.checkpoint_every and epoch.step % args.checkpoint_every == 0:
             save()
-        elif epoch.step % FETCH_EVERY == 0:
+        elif time.perf_counter() > epoch.fetched + FETCH_SECONDS:
             epoch.fetch(files)
 
     prepare_epoch(training.model, epoch.number, args.warm, args.bn_freeze)
@@ -137,10 +145,10 @@ def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
         train_epoch(training, train_batches, epoch, after_step)
         epoch.fetch(files)
         epoch.tick("step")  # on a GPU the steps that are queued end with the fetch
-        started, scores = time.perf_counter(), {}
+        started, scores, retrieved = time.perf_counter(), {}, None
         if test_scores:
             save()  # evaluating takes long enough to be interrupted in any way
-            scores = test_scores(watch=stop.between)
+            scores, *retrieved = test_scores(watch=stop.between)
     except (Interrupted, UnreadableImage) as error:
         if epoch.step:  # else there is nothing new to save
             save()
@@ -154,7 +162,7 @@ def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
     training.history.append(result)
     training.scheduler.step()
     run_folder.save_epoch(capture(training))
-    return result
+    return result, retrieved
 
 
 def load_images(args):
@@ -177,9 +185,9 @@ def load_images(args):
                 f"{args.IPC} images of each of a whole number of the {len(train.classes)} classes"
             )
     for split, images in sets.items():
-        print(describe(f"{name} {split}", images), flush=True)
+        say(describe(f"{name} {split}", images))
     if not test:
-        print("training on all classes: none is left to test on, the last epoch is what is kept")
+        say("training on all classes: none is left to test on, the last epoch is what is kept")
     return train, test
 
 
@@ -208,11 +216,12 @@ def build_loading(training, train, test):
 def main(argv=None):
     parser = build_parser()
     args, given = given_flags(parser, argv)
+    utils.quiet = args.quiet
     args, run_folder, checkpoint = open_run(parser, args, given)
     done = len(checkpoint["history"]) if checkpoint else 0
     if done >= args.epochs:
         print(f"{run_folder.folder} is finished: {done} of {args.epochs} epochs are done")
-        print(summary(checkpoint["history"]), end="")
+        conclude(checkpoint["history"], run_folder)
         return
     settle_loss(args)
     mode = wandb_mode(args.wandb)
@@ -243,24 +252,49 @@ def main(argv=None):
               for split, images in (("train", train), ("test", test)) if images}  # fmt: skip
     config = {**vars(args), **process, "data": counts}
     following = track(args, mode, run_folder.folder, run_id, config, training.history)
+    announce(training, len(train_batches), process["device"], run_folder.folder)
     with Stop() as stop, following as wandb_run:
         description["wandb_id"] = wandb_run.id if wandb_run else run_id
         run_folder.start(description, training.history if checkpoint else None)
-        train_from(epoch, training, train_batches, test_scores, run_folder, stop, wandb_run)
+        retrieved = train_from(
+            epoch, training, train_batches, test_scores, run_folder, stop, wandb_run
+        )
+        draw(run_folder, training.history, test, retrieved, wandb_run)
     run_folder.previous.unlink(missing_ok=True)  # a finished run needs no second one
-    draw_curves(run_folder.curves, training.history)
     run_folder.file_lock.release()
-    print(summary(training.history), end="")
-    print(f"run folder: {run_folder.folder}")
+    conclude(training.history, run_folder, address_of(wandb_run))
 
 
 def train_from(epoch, training, train_batches, test_scores, run_folder, stop, wandb_run):
-    while epoch.number < training.args.epochs:
-        result = run_epoch(training, train_batches, test_scores, epoch, run_folder, stop)
-        print_result(result)
+    """The epochs that are left; the last one's embeddings and hits of the test images."""
+    epochs = training.args.epochs
+    while epoch.number < epochs:
+        result, retrieved = run_epoch(
+            training, train_batches, test_scores, epoch, run_folder, stop
+        )
+        say_epoch(result, epochs)
         if wandb_run:
             log_epoch(wandb_run, training.history, **memory_of(training.device))
         epoch = Epoch(epoch.number + 1)
+    return retrieved
+
+
+def draw(run_folder, history, test, retrieved, wandb_run):
+    """The finished run's pictures: its curves, and what its last epoch's network retrieves."""
+    curves = draw_curves(history)
+    write_atomically(run_folder.curves, curves)
+    if not test:
+        return
+    last, best = history[-1], best_of(history)
+    recalls = {
+        f"last epoch, {last['epoch']}": scores_of(last),
+        f"best epoch, {best['epoch']}, chosen on these images": scores_of(best),
+    }
+    about = f"{describe('test', test)}. Below, the last epoch's network."
+    page = results_page(run_folder.folder.name, about, recalls, test, *retrieved, curves)
+    write_atomically(run_folder.page, page)
+    if wandb_run:
+        log_picture(wandb_run, draw_neighbours(test, retrieved[0]))
 
 
 def memory_of(device):

@@ -104,6 +104,15 @@ class Stop:
             yield item
 
 
+quiet = False  # --quiet: errors, warnings and results alone
+
+
+def say(message):
+    """What is good to know while a run is under way."""
+    if not quiet:
+        print(message, flush=True)
+
+
 def warn(message):
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
@@ -120,10 +129,18 @@ def nearest(word, known):
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def progress(iterable, total, label):
-    """A tqdm bar on a terminal; elsewhere a plain line every half minute."""
+def progress(iterable, total, label, images=None, note=str):
+    """A tqdm bar on a terminal, of steps of `images` with `note()` at its end; elsewhere a plain
+    line every half minute."""
+    if quiet:
+        yield from iterable
+        return
     if sys.stderr.isatty():
-        yield from tqdm(iterable, label, total, leave=False)
+        unit = {"unit": " images", "unit_scale": images} if images else {}
+        with tqdm(iterable, label, total, leave=False, dynamic_ncols=True, **unit) as bar:
+            for item in bar:
+                yield item
+                bar.set_postfix_str(note(), refresh=False)
         return
     last = time.monotonic()
     for done, item in enumerate(iterable, start=1):

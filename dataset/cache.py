@@ -9,7 +9,7 @@ from PIL import Image
 
 from dataset.files import read_image, size_of
 from dataset.loader import in_parallel
-from utils import UserError, plural
+from utils import UserError, plural, say
 
 
 class Cache:
@@ -54,7 +54,7 @@ def cache_in_memory(paths, workers):
             f"--cache ram: {needed}, and {available / 2**30:.1f} GiB of memory are free; "
             "use --cache none"
         )
-    print(f"--cache ram: {needed}", flush=True)
+    say(f"--cache ram: {needed}")
     # a file without a name, gone with this process; the path is for processes it starts
     file = f"/proc/{os.getpid()}/fd/{os.memfd_create('decoded images')}"
     os.truncate(file, starts[-1])

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from dataset.files import class_folders, halves
-from utils import UserError
+from utils import UserError, say
 
 KS = (1, 2, 4, 8)
 RECIPE = {"weights": "none", "image_size": 64, "lr_decay_step": 8, "warm": 0, "bn_freeze": False}
@@ -46,7 +46,7 @@ def generate(folder, seed=0):
     classes = [(shape, texture) for shape in SHAPES for texture in TEXTURES]
     rng.shuffle(classes)  # so that both halves hold most shapes and most textures
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    print(f"drawing {len(classes) * IMAGES_PER_CLASS} images into {folder}", flush=True)
+    say(f"drawing {len(classes) * IMAGES_PER_CLASS} images into {folder}")
     try:
         for number, (shape, texture) in enumerate(classes, start=1):
             subfolder = unfinished / f"{number:03d}.{shape}_{texture}"

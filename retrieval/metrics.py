@@ -7,9 +7,16 @@ import torch
 from utils import plural, warn
 
 
-@torch.no_grad()
 def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_size=1024):
-    """{k: fraction of the queries with an image of their class among their k nearest}.
+    """{k: fraction of the queries with an image of their class among their k nearest}; arguments,
+    ties and queries without a match as in hits_at_k."""
+    hits = hits_at_k(embeddings, labels, ks, gallery, gallery_labels, chunk_size)
+    return {k: hit.sum().item() / len(hit) for k, hit in hits.items()}
+
+
+@torch.no_grad()
+def hits_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_size=1024):
+    """{k: [N], whether a query has an image of its class among its k nearest}.
 
     embeddings [N, d], L2-normalised, so that their dot product is the cosine; labels [N]; the
     gallery [M, d], [M] likewise, by default the queries themselves, each of them excluded from
@@ -20,9 +27,9 @@ def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk
     itself = gallery is None
     _check(embeddings, labels, gallery, gallery_labels)
     if min(ks) < 1:
-        raise ValueError(f"recall_at_k: K is {min(ks)}, must be at least 1")
-    query = _sorted_by_label(embeddings, labels)
-    gallery = query if itself else _sorted_by_label(gallery, gallery_labels)
+        raise ValueError(f"K is {min(ks)}, must be at least 1")
+    query, order = _sorted_by_label(embeddings, labels)
+    gallery = query if itself else _sorted_by_label(gallery, gallery_labels)[0]
     longest = [
         torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).max() for x, _ in (query, gallery)
     ]
@@ -38,7 +45,8 @@ def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk
     unmatched = int(best.isinf().sum())
     if unmatched:
         warn(f"{unmatched:,} of {plural(len(best), 'query')} have no match and count as misses")
-    return {k: ((most < k) & best.isfinite()).sum().item() / len(best) for k in ks}
+    hits = {k: (most < k) & best.isfinite() for k in ks}
+    return {k: hit[order.argsort()] for k, hit in hits.items()}
 
 
 @torch.no_grad()
@@ -95,9 +103,10 @@ def _check(embeddings, labels, gallery, gallery_labels):
 
 
 def _sorted_by_label(x, labels):
-    """(x, labels) with the images of a class side by side, so that matches are in few tiles."""
+    """((x, labels), their order) with the images of a class side by side, so that matches are in
+    few tiles."""
     order = labels.argsort()
-    return x[order], labels[order]
+    return (x[order], labels[order]), order
 
 
 def _columns(labels, gallery_labels):

@@ -1,24 +1,39 @@
 """Nearest neighbours, exact, in memory that does not grow with the gallery."""
 
+import math
+
 import torch
 
 
 @torch.inference_mode()
-def nearest(queries, gallery, top, chunk_size=2**16):
+def nearest(queries, gallery, top, excluded=None, chunk_size=2**16):
     """(similarities, indices) [Q, top] of each query's nearest items of the gallery, best first.
 
-    queries [Q, d], gallery [M, d], L2-normalised, so that the dot product is the cosine. Of equally
-    similar items those that come first in the gallery. Beside its arguments it holds
-    [Q, chunk_size] similarities.
+    queries [Q, d], gallery [M, d], L2-normalised, so that the dot product is the cosine; excluded
+    [Q], an item for each query to leave out: itself. Beside its arguments it holds [Q, chunk_size]
+    similarities.
     """
-    top = min(top, len(gallery))
-    best = queries.new_full((len(queries), 0), 0.0)
-    index = torch.zeros(len(queries), 0, dtype=torch.long, device=queries.device)
+    top = min(top, len(gallery) - (excluded is not None))
+    best = queries.new_empty(len(queries), 0)
+    index = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     for start in range(0, len(gallery), chunk_size):
         similarity = queries @ gallery[start : start + chunk_size].T
-        found = torch.arange(start, start + similarity.shape[1], device=queries.device)
-        best = torch.cat([best, similarity], dim=1)
-        index = torch.cat([index, found.expand(len(queries), -1)], dim=1)
-        best, order = best.sort(dim=1, descending=True, stable=True)
-        best, index = best[:, :top], index.gather(1, order[:, :top])
+        if excluded is not None:
+            here = ((excluded >= start) & (excluded < start + similarity.shape[1])).nonzero()
+            similarity[here, excluded[here] - start] = -math.inf
+        similarity, found = similarity.topk(min(top, similarity.shape[1]), dim=1)
+        best, index = torch.cat([best, similarity], dim=1), torch.cat([index, found + start], dim=1)
+        best, order = best.topk(min(top, best.shape[1]), dim=1)
+        index = index.gather(1, order)
     return best, index
+
+
+def neighbours(embeddings, top, queries=None):
+    """`nearest` of each image [N, d] among all others, or of the first `queries` among the rest, on
+    the CPU; an index is a row of `embeddings`."""
+    first, found = queries or 0, []
+    for rows in torch.arange(queries or len(embeddings), device=embeddings.device).split(256):
+        excluded = rows if queries is None else None
+        found.append(nearest(embeddings[rows], embeddings[first:], top, excluded))
+    similarities, indices = (torch.cat(part).cpu() for part in zip(*found))
+    return similarities, indices + first

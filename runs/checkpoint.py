@@ -15,7 +15,7 @@ PARTS = {"model_state_dict", "criterion_state_dict", "optimizer_state_dict",
          "scheduler_state_dict", "partial", "args", "history", "images"}  # fmt: skip
 # Flags that may differ when a run is continued: they do not change what is computed.
 FREE_ON_RESUME = {"epochs", "metrics", "workers", "cache", "gpu_id", "data_root", "LOG_DIR",
-                  "wandb", "resume", "overwrite", "checkpoint_every"}  # fmt: skip
+                  "quiet", "wandb", "resume", "overwrite", "checkpoint_every"}  # fmt: skip
 
 
 def capture(training, partial=None):

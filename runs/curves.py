@@ -3,11 +3,10 @@
 import io
 
 from runs.results import TERMS, scores_of
-from storage import write_atomically
 
 
-def draw_curves(path, history):
-    """Loss terms, retrieval metrics and learning rate by epoch, as a PNG."""
+def draw_curves(history):
+    """Loss terms, retrieval metrics and learning rate by epoch: a PNG's bytes."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -31,4 +30,4 @@ def draw_curves(path, history):
             axes.legend(fontsize="small", ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
-    write_atomically(path, picture.getvalue())
+    return picture.getvalue()

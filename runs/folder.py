@@ -29,8 +29,9 @@ class RunFolder:
         self.metrics = self.folder / "metrics.jsonl"
         self.args = self.folder / "args.json"
         self.curves = self.folder / "curves.png"
-        self.files = [self.args, self.metrics, self.results, self.curves, self.best, self.last,
-                      self.previous]  # fmt: skip
+        self.page = self.folder / "page.html"
+        self.files = [self.args, self.metrics, self.results, self.curves, self.page, self.best,
+                      self.last, self.previous]  # fmt: skip
         self.file_lock = FileLock(self.folder / ".lock", timeout=LOCK_SECONDS)
 
     def in_use(self):

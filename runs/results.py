@@ -18,6 +18,7 @@ class Epoch:
         self.number, self.step, self.totals = number, step, totals or {}
         self.seconds = seconds or {"data": 0.0, "step": 0.0}
         self.pending, self.clock = [], time.perf_counter()
+        self.fetched = self.clock
 
     def add(self, values):
         self.pending.append(values)
@@ -35,7 +36,7 @@ class Epoch:
         those of a batch."""
         names = list(self.pending[0]) if self.pending else []
         rows = [torch.stack(list(values.values())) for values in self.pending]
-        first, self.pending = self.step - len(rows), []
+        first, self.pending, self.fetched = self.step - len(rows), [], time.perf_counter()
         for step, row in enumerate(torch.stack(rows).double().tolist() if rows else [], first):
             for name, value in zip(names, row):
                 if not math.isfinite(value):
@@ -45,6 +46,11 @@ class Epoch:
                         f"Files of the batch: {', '.join(files(self.number, step))}"
                     )
                 self.totals[name] = self.totals.get(name, 0.0) + value
+
+    def note(self):
+        """The loss of the steps that were fetched."""
+        done = self.step - len(self.pending)
+        return f"loss {self.totals['loss'] / done:.4f}" if done else ""
 
     def so_far(self):
         """What a checkpoint in mid-epoch holds of it."""
@@ -65,17 +71,6 @@ def result_of(training, epoch, steps, scores, seconds_eval):
         "images_per_second": epoch.step * training.args.batch_size / max(trained, 1e-9),
         **{metric: 100 * fraction for metric, fraction in scores.items()},
     }  # fmt: skip
-
-
-def print_result(result):
-    scores = "".join(f"{key} {value:.2f}  " for key, value in scores_of(result).items())
-    print(
-        f"epoch {result['epoch']}  loss {result['loss']:.4f}  {scores}"
-        f"({result['seconds']:.1f} s: data {result['seconds_data']:.1f}, steps "
-        f"{result['seconds_step']:.1f}, evaluation {result['seconds_eval']:.1f}; "
-        f"{result['images_per_second']:.0f} images/s)",
-        flush=True,
-    )
 
 
 def best_of(history):

@@ -22,7 +22,7 @@ from runs.checkpoint import (
 from runs.folder import RunFolder, checkpoint_in
 from runs.naming import deciding, difference, file_prefix, run_folder_path, settings
 from storage import read_checkpoint
-from utils import UserError, warn
+from utils import UserError, say, warn
 
 KINDS = ("_last.pth", "_previous.pth", "_best.pth")
 
@@ -111,14 +111,14 @@ def continued_run(parser, args, given, asked):
         args = flags_to_continue_with(parser, given, stored_flags(folder), folder)
         run_folder = RunFolder(folder, file_prefix(args))
         run_folder.newest_checkpoint()  # there is none, and if there were results that is an error
-        print(f"nothing of {folder} was saved yet: starting at epoch 0")
+        say(f"nothing of {folder} was saved yet: starting at epoch 0")
         return args, run_folder, None
     run_folder.lock()
     newest = run_folder.newest_checkpoint()
     if newest and (not checkpoint or progress_of(newest[1]) > progress_of(checkpoint)):
         path, checkpoint = newest
     if path != asked and not asked.is_dir():
-        print(f"continuing from {path}, the newest of the run of {asked}")
+        say(f"continuing from {path}, the newest of the run of {asked}")
     require_parts(checkpoint, path, PARTS)
     args = flags_to_continue_with(parser, given, checkpoint["args"], path)
     args.resume = str(path)

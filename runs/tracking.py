@@ -1,10 +1,13 @@
 """The wandb side of a run; wandb is imported only where it is used."""
 
 import contextlib
+import io
 import netrc
 import os
 import re
 from urllib.parse import urlparse
+
+from PIL import Image
 
 import dataset
 from runs.results import best_of, scores_of
@@ -88,7 +91,7 @@ def start_wandb(args, mode, folder, run_id, config):
     try:
         return wandb.init(
             mode=mode, id=run_id, resume="allow" if run_id else None,
-            settings=wandb.Settings(init_timeout=30), **settings,
+            settings=wandb.Settings(init_timeout=30, silent=True), **settings,
         )  # fmt: skip
     except wandb.errors.Error as error:
         if args.wandb == "online":
@@ -109,3 +112,19 @@ def log_epoch(run, history, **more):
         run.summary[f"{which}/epoch"] = chosen["epoch"]
         for name, value in scores_of(chosen).items():
             run.summary[f"{which}/{name}"] = value / 100
+
+
+def log_picture(run, figure):
+    """A matplotlib figure, beside the last epoch's numbers."""
+    import wandb
+
+    picture = io.BytesIO()
+    figure.savefig(picture)
+    run.log({"retrieval": wandb.Image(Image.open(picture))}, step=run.step)
+
+
+def address_of(run):
+    """Where a run is seen, or the command that sends an offline one there; None without wandb."""
+    if run is None:
+        return None
+    return run.url or f"wandb sync {run.settings.sync_dir}"

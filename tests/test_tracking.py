@@ -9,6 +9,7 @@ from urllib.parse import urlparse
 
 import pytest
 import yaml
+from PIL import Image
 
 import train
 from runs import tracking
@@ -57,7 +58,7 @@ def newest_offline_run(folder):
     return read_offline_run(folder)
 
 
-def test_an_offline_wandb_run_holds_what_people_look_at(here):
+def test_an_offline_wandb_run_holds_what_people_look_at(here, capsys):
     make_cub(here / "data")
     train.main(shlex.split(TINY.replace("--wandb disabled", "--wandb auto")))
     folder = run_folder(here)
@@ -81,6 +82,13 @@ def test_an_offline_wandb_run_holds_what_people_look_at(here):
             assert row[name] == record[name]
         for k in (1, 2, 4, 8, 16, 32):
             assert row[f"R@{k}"] == pytest.approx(record[f"R@{k}"] / 100)
+    assert ["retrieval" in row for row in history_of(records)] == [False, True]
+    (picture,) = folder.glob("wandb/offline-run-*/files/media/images/retrieval_1_*.png")
+    assert Image.open(picture).width > 500
+    (offline,) = folder.glob("wandb/offline-run-*")
+    out, err = capsys.readouterr()
+    assert out.endswith(f"\n  wandb sync {offline.relative_to(here)}\n")
+    assert (out + err).count("wandb ") == 1
     summary = {}
     for record in records:
         if record.WhichOneof("record_type") == "summary":

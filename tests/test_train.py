@@ -74,7 +74,7 @@ def test_published_command_trains_and_its_best_checkpoint_evaluates_to_the_same_
     prefix = f"{logs.removeprefix('logs_')}_bn_inception"
     assert {path.name for path in folder.iterdir()} == {
         f"{prefix}_best.pth", f"{prefix}_last.pth", f"{prefix}_best_results.txt", "args.json",
-        "metrics.jsonl", "curves.png", ".lock",
+        "metrics.jsonl", "curves.png", "page.html", ".lock",
     }  # fmt: skip
     records = metrics(folder)
     assert [record["epoch"] for record in records] == [0, 1]
@@ -91,7 +91,12 @@ def test_published_command_trains_and_its_best_checkpoint_evaluates_to_the_same_
     results = (folder / f"{prefix}_best_results.txt").read_text()
     assert f"Best Epoch: {best['epoch']}\nBest Recall@1: {best['R@1']:.4f}\n" in results
     assert f"Last Epoch: 1\nLast Recall@1: {records[1]['R@1']:.4f}\n" in results
-    assert "chosen on the test set" in results and results in capsys.readouterr().out
+    assert "chosen on the test set" in results
+    printed = capsys.readouterr().out
+    for which, record in (("best", best), ("last", records[1])):
+        values = "".join(f"{record[f'R@{k}']:{max(8, len(f'R@{k}') + 2)}.2f}" for k in ks)
+        assert f"\n{which}{values}  epoch {record['epoch']}\n" in printed
+    assert f"\n  {(folder / 'page.html').as_uri()}\n" in printed
 
     evaluate.main(["--resume", str(folder / f"{prefix}_best.pth"), "--json", "recalls.json"])
     recalls = {key: best[key] for key in best if key.startswith("R@")}
