@@ -2,8 +2,9 @@
 
 Each is a module with `read(root) -> {split: [(path, class name)]}` and the KS of its Recall@K.
 Published ones also have their PUBLISHED counts, and as RECIPE the flags of their published command
-that are not every data set's default, as PAPER the paper's recalls. Of users' own, OWN is the flag
-that says which they are.
+that are not every data set's default, as PAPER the paper's recalls, as FILES what dataset.download
+fetches and as SOURCE where to get it by hand. Of users' own, OWN is the flag that says which they
+are.
 """
 
 import os
@@ -113,6 +114,16 @@ def unlike_published(name, split, items):
         f"{name} {split}: found {plural(found[0], 'image')} of {plural(found[1], 'class')}, the "
         f"published split has {plural(published[0], 'image')} of {plural(published[1], 'class')}"
     )
+
+
+def difference(name, root):
+    """How what is under `root` differs from the published data set, in a line; empty if not."""
+    try:
+        splits = read(name, root).items()
+        lines = [unlike_published(name, split, on_disk(items)[0]) for split, items in splits]
+        return "; ".join(filter(None, lines))
+    except UserError as error:
+        return str(error)
 
 
 def warn_of_oddities(name, split, images, splits):

@@ -9,6 +9,11 @@ PUBLISHED = {  # images, classes
     "query": (14218, 3985),
     "gallery": (12612, 3985),
 }
+SOURCE = "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html"
+FILES = {  # under the data root: MD5, of which none is published that we know, and host
+    "Inshop_Clothes/Img/img.zip": (None, None),
+    "Inshop_Clothes/Eval/list_eval_partition.txt": (None, None),
+}
 
 
 def read(root):

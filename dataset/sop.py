@@ -6,6 +6,17 @@ KS = (1, 10, 100, 1000)
 PUBLISHED = {"train": (59551, 11318), "test": (60502, 11316)}  # images, classes
 RECIPE = {"lr_decay_step": 20, "lr_decay_gamma": 0.25, "bn_freeze": False}
 PAPER = {"R@1": 79.9, "R@10": 91.1, "R@100": 96.2, "R@1000": 98.6}  # per cent
+SOURCE = (
+    "ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip (often down; its page is "
+    "https://cvgl.stanford.edu/projects/lifted_struct/)"
+)
+FILES = {  # under the data root: MD5, host; by FTP, urllib could not go on where it stopped
+    "Stanford_Online_Products.zip": (
+        "7f73d41a2f44250d4779881525aea32e",
+        "https://drive.usercontent.google.com/download?id=1TclrpQOF_ullUP99wk_gjGN8pKvtErG8"
+        "&export=download&confirm=t",
+    ),
+}
 
 
 def read(root):

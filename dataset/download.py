@@ -1,0 +1,119 @@
+"""Download, check and unpack a published data set; run again, it goes on where it stopped:
+
+python -m dataset.download cub
+"""
+
+import shutil
+import tarfile
+import time
+from http.client import HTTPException
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+from torchvision.datasets.utils import check_integrity
+
+import dataset
+from flags import VERSION, Parser
+from utils import UserError, progress, run, warn
+
+PROGRAM = "python -m dataset.download"
+NAMES = [name for name, module in dataset.DATASETS.items() if hasattr(module, "FILES")]
+CHUNK = 2**20  # bytes
+PAUSES = (1, 5, 20)  # seconds before each try to go on with a broken transfer
+
+
+def obtain(name, root):
+    """Fetch and unpack what is missing; UserError that says what is to be done by hand."""
+    module = dataset.module_of(name)
+    files = {root / path: facts for path, facts in module.FILES.items()}
+    needed = {path: facts for path, facts in files.items() if not path.with_suffix("").is_dir()}
+    reasons = "; ".join(filter(None, [fetch(path, *facts) for path, facts in needed.items()]))
+    if reasons:
+        raise UserError(f"{reasons}; by hand, get it from {module.SOURCE}, then run this again")
+    for archive in (path for path in needed if path.suffix in (".tgz", ".zip")):
+        unpack(archive)
+    if difference := dataset.difference(name, root):
+        raise UserError(f"{difference}; move away what came of {' and '.join(map(str, files))}")
+
+
+def fetch(path, md5, url):
+    """The reason why the file `path` is not there, or not right; nothing once it is."""
+    if url is None and not path.exists():
+        return f"{path} (MD5 {md5 or 'not known'}) is missing"
+    part = path if path.exists() else path.with_name(f"{path.name}.part")
+    try:
+        if part != path:
+            download(url, part)
+    except (OSError, HTTPException) as error:
+        if getattr(error, "code", None) != 416:  # HTTP's: there is nothing after what we have
+            return f"{path} (MD5 {md5}) is missing: {url} failed ({error}), run this again to go on"
+    if not check_integrity(part, md5):
+        return f"{part} is damaged or another file, its MD5 is not {md5}: move it away"
+    part.rename(path)
+
+
+def download(url, part):
+    """All of `url` in the file `part`, going on where this, or an earlier call, broke off."""
+    print(f"downloading {url}", flush=True)
+    for pause in PAUSES:
+        try:
+            return transfer(url, part)
+        except (ConnectionError, TimeoutError, HTTPException) as error:
+            warn(f"{url}: {error}; going on in {pause} s")
+            time.sleep(pause)
+    return transfer(url, part)
+
+
+def transfer(url, part):
+    """Append to `part` what it lacks; a host that cannot continue a file sends it all again."""
+    done = part.stat().st_size if part.exists() else 0
+    request = Request(url, headers={"Range": f"bytes={done}-", "User-Agent": f"DDML/{VERSION}"})
+    with urlopen(request, timeout=20) as response:  # seconds without a byte
+        if response.headers.get_content_type() == "text/html":  # it would replace what we have
+            raise ConnectionError("a web page came instead of the file")
+        done = done if response.status == 206 else 0
+        rest = response.length or 0  # 0 where the host does not say
+        if (free := shutil.disk_usage(part.parent).free) < (need := done + 2 * rest):
+            raise UserError(f"{part.parent}: unpacked, it takes {need:,} bytes; {free:,} are free")
+        chunks = iter(lambda: response.read(CHUNK), b"")
+        with open(part, "ab" if done else "wb") as file:
+            for chunk in progress(chunks, rest // CHUNK, f"{part.stem}, MiB"):
+                file.write(chunk)
+        if response.length:  # which reading counts down
+            raise ConnectionError(f"broken off {response.length:,} bytes before the end")
+
+
+def unpack(archive):
+    """An archive's folder, beside it: all of it or nothing, and nothing else that is in there."""
+    folder, temporary = archive.with_suffix(""), archive.with_name(f".{archive.name}.tmp")
+    # the first releases of Python 3.10 and 3.11 have no filter: there, the MD5 alone vouches
+    safely = archive.suffix == ".tgz" and hasattr(tarfile, "data_filter")
+    print(f"unpacking {archive}, which may then be deleted", flush=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    try:
+        shutil.unpack_archive(archive, temporary, **({"filter": "data"} if safely else {}))
+        (temporary / folder.name).rename(folder)
+    except Exception as error:  # a damaged archive fails in many ways, and the disk may be full
+        raise UserError(f"{archive}: cannot be unpacked ({error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(argv=None):
+    parser = Parser(prog=PROGRAM, description=__doc__.split("\n")[0])
+    parser.add_argument("name", type=dataset.canonical_name, choices=NAMES, help="data set")
+    parser.add_argument("--data-root", default="./data", help="folder of the data sets")
+    args = parser.parse_args(argv)
+    root = Path(args.data_root)
+    if root == Path("data") and not root.exists():
+        root.mkdir()
+    if not root.is_dir():
+        raise UserError(f"--data-root {root}: no such folder")
+    if dataset.difference(args.name, root):
+        obtain(args.name, root)
+    for split, (images, classes) in dataset.module_of(args.name).PUBLISHED.items():
+        print(f"{args.name} {split}: {images:,} images of {classes:,} classes, as published")
+
+
+if __name__ == "__main__":
+    run(main, PROGRAM)
