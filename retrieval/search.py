@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from utils import progress
+
 
 @torch.inference_mode()
 def nearest(queries, gallery, top, excluded=None, chunk_size=2**16):
@@ -32,7 +34,8 @@ def neighbours(embeddings, top, queries=None):
     """`nearest` of each image [N, d] among all others, or of the first `queries` among the rest, on
     the CPU; an index is a row of `embeddings`."""
     first, found = queries or 0, []
-    for rows in torch.arange(queries or len(embeddings), device=embeddings.device).split(256):
+    chunks = torch.arange(queries or len(embeddings), device=embeddings.device).split(256)
+    for rows in progress(chunks, len(chunks), "nearest images"):
         excluded = rows if queries is None else None
         found.append(nearest(embeddings[rows], embeddings[first:], top, excluded))
     similarities, indices = (torch.cat(part).cpu() for part in zip(*found))
