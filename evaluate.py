@@ -1,23 +1,30 @@
 """Recall@K of a checkpoint, or of a run folder's best one: python evaluate.py CHECKPOINT"""
 
-import io
 from pathlib import Path
-
-import numpy as np
 
 import dataset
 from dataset.loader import batches, test_loader
 from flags import Parser, add_data_flags, add_network_flags, given_flags, parse_stored
 from net import CHOICES, create_model, model_name, network_of
+from net.export import MODEL_FILES, save_model
 from net.weights import load_strictly
 from retrieval.embed import embed
+from retrieval.export import EMBEDDING_FILES, export
 from retrieval.metrics import hits_at_k, precision_at_r, recall_at_k  # noqa: F401 (as an API)
 from retrieval.page import results_page
 from runs.checkpoint import epoch_of
 from runs.curves import draw_curves
 from runs.folder import checkpoint_in
-from storage import read_checkpoint, require_writable, write_atomically, write_json
+from storage import (
+    read_checkpoint,
+    require_format,
+    require_writable,
+    write_atomically,
+    write_json,
+)
 from utils import UserError, choose_device, plural, progress, run, warn
+
+OUTPUTS = ("json", "export", "page", "save_model")  # flags that name a file to write
 
 
 def build_parser():
@@ -27,8 +34,12 @@ def build_parser():
     add("--resume", metavar="CHECKPOINT", help="the same, as the published script has it")
     add("--remark", default="", metavar="TEXT", help="printed with the result")
     add("--json", metavar="PATH", help="also write the metrics, in per cent, to this file")
-    add("--export", metavar="PATH", help="also write embeddings, classes and paths to this .npz")
+    add("--export", metavar="PATH",
+        help="also write embeddings, classes and paths to this .npz, or with hits, neighbours and "
+        "the images themselves to this .parquet")  # fmt: skip
     add("--page", metavar="PATH", help="also write a page of queries and neighbours, to look at")
+    add("--save-model", metavar="PATH",
+        help="also write the network to this .onnx or .pt2: pixels in, embeddings out")  # fmt: skip
     add_data_flags(parser, dataset.canonical_name, dataset.CHOICES, batch_size=150)
     add_network_flags(parser, model_name, CHOICES)
     return parser
@@ -80,8 +91,7 @@ def resolve_flags(parser, argv):
     path = checkpoint_in(args.checkpoint or args.resume, ("best", "last", "previous"))
     checkpoint = read_checkpoint(path)
     _, theirs = network_of(checkpoint, path)
-    own = {"checkpoint", "resume", "json", "export", "page", "gpu_id", "workers", "remark"}
-    kept = vars(args).keys() - own
+    kept = vars(args).keys() - {*OUTPUTS, "checkpoint", "resume", "gpu_id", "workers", "remark"}
     if theirs.get("train_on") == "all" and not {"dataset", "data_root"} & given.keys():
         raise UserError(f"{path}: trained on all classes of {theirs['dataset']}, so that none are "
                         "left to test it on; name another data set with --dataset")  # fmt: skip
@@ -110,22 +120,10 @@ def images_of(flags):
     return f"{dataset.title(flags['dataset'])}{place}"
 
 
-def export(path, embeddings, images):
-    """An .npz file that numpy.load reads: embeddings [N, d], labels [N], classes [C], paths [N];
-    where there is a gallery, queries too: how many images come before it."""
-    buffer = io.BytesIO()
-    queries = {} if images.queries is None else {"queries": images.queries}
-    np.savez(
-        buffer, embeddings=embeddings.cpu().numpy(), labels=images.labels.numpy(),
-        classes=np.array(images.classes), paths=np.array(images.paths), **queries,
-    )  # fmt: skip
-    write_atomically(Path(path).resolve(), buffer.getbuffer())
-    print(f"{path}: {plural(len(images), 'embedding')} of {embeddings.shape[1]} dimensions")
-
-
 def main(argv=None):
     args, checkpoint = resolve_flags(build_parser(), argv)
-    require_writable(args, "json", "export", "page")
+    require_writable(args, *OUTPUTS)
+    require_format(args, export=EMBEDDING_FILES, save_model=MODEL_FILES)
     device = choose_device(args.gpu_id)
     state, theirs = network_of(checkpoint, args.checkpoint)
     model = create_model(args.model, args.embedding_size, theirs["disent"], args.l2_norm)
@@ -135,6 +133,9 @@ def main(argv=None):
     images = dataset.load(args.dataset, args.data_root, "test")
     about = describe(f"{dataset.title(args.dataset)} test", images)
     print(about)
+    if args.save_model:
+        few = test_loader(images, args.image_size, 8, 0, device, model.interpolation)
+        save_model(model, args.save_model, next(batches(few, device))[0])
     loader = test_loader(
         images, args.image_size, args.batch_size, args.workers, device, model.interpolation
     )
@@ -148,7 +149,7 @@ def main(argv=None):
     for metric, percent in found.items():
         print(f"{metric} : {percent:.3f}")
     if args.export:
-        export(args.export, embeddings, images)
+        export(args.export, embeddings, images, hits)
     if args.page:
         history = checkpoint.get("history")
         write_atomically(Path(args.page).resolve(), results_page(

@@ -6,10 +6,12 @@ import io
 import json
 import os
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from flags import flag_of
 from utils import UserError
 
 # A checkpoint is a zip file, as torch.save writes it, with its own SHA-256 as the zip's comment:
@@ -59,8 +61,19 @@ def require_writable(args, *flags):
         name = getattr(args, flag)
         out = name and Path(name).resolve()
         if out and (out.exists() and not out.is_file() or not out.parent.is_dir()):
-            flag = flag.replace("_", "-")
-            raise UserError(f"--{flag} {name}: not a file's path in a folder that exists")
+            raise UserError(f"{flag_of(flag)} {name}: not a file's path in a folder that exists")
+
+
+def require_format(args, **formats):
+    """UserError, before the work, where a flag's file is of no kind that is written, or of one
+    whose packages are missing; a flag of `formats` has {suffix: packages}."""
+    for flag, packages in formats.items():
+        name = getattr(args, flag)
+        needed = packages.get(Path(name).suffix.lower()) if name else ()
+        if needed is None:
+            raise UserError(f"{flag_of(flag)} {name}: must end in {' or '.join(packages)}")
+        if not all(map(find_spec, needed)):
+            raise UserError(f"{flag_of(flag)} {name}: pip install {' '.join(needed)}")
 
 
 def write_json(path, value):

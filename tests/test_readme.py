@@ -6,13 +6,15 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
+import pytest
 import torch
 
 import evaluate
 import search
 import train
 from dataset import demo
-from tests.conftest import ROOT, make_folder, run_folder
+from tests.conftest import ROOT, TINY, make_folder, run_folder
 
 
 def python_blocks():
@@ -24,7 +26,7 @@ def test_the_python_block_embeds_an_image_of_the_demo(here, monkeypatch):
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     flags = re.search(r"^DEMO = (.*)$", makefile, re.M)[1]
     train.main(shlex.split(flags + " --epochs 1 --workers 0"))
-    (block,) = python_blocks()
+    (block,) = (block for block in python_blocks() if "load_model" in block)
     names = {}
     exec(block, names)
     (expected,) = (path for path in run_folder(here).glob("*_last.pth"))
@@ -65,6 +67,27 @@ def test_a_folder_of_ones_own_trains_evaluates_and_is_searched_with_the_commands
     next((here / "photos").glob("*/*")).rename("A.jpg")
     search.main([*shlex.split(third), "--workers", "0"])
     assert (here / "found.html").stat().st_size > 10_000
+
+
+def test_the_export_is_searched_in_a_vector_database(here):
+    for package in ("pyarrow", "pymilvus", "milvus_lite"):
+        pytest.importorskip(package)
+    make_folder(here / "photos", per_class=9)
+    flags = TINY.replace("--embedding-size 8", "") + "--dataset folder --data-root photos"
+    train.main(shlex.split(flags + " --epochs 1"))
+    evaluate.main([str(run_folder(here)), "--workers", "0", "--export", "OUT.parquet"])
+    (block,) = (block for block in python_blocks() if "Milvus" in block)
+    assert len([line for line in block.splitlines() if line]) <= 10
+    names = {}
+    exec(block, names)
+    client, part = names["client"], names["part"]
+    assert client.describe_index("images", "embedding")["index_type"] == "FLAT"
+    x = np.stack(part["embedding"].to_numpy(zero_copy_only=False))
+    nearest = np.argsort(-(x @ x[0]))[:5]
+    (found,) = names["found"]
+    assert [hit["path"] for hit in found] == part["path"].take(nearest).to_pylist()
+    assert [hit["distance"] for hit in found] == pytest.approx(np.sort(x @ x[0])[:-6:-1], abs=1e-5)
+    client.close()
 
 
 def test_make_alone_lists_what_there_is():

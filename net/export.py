@@ -1,0 +1,74 @@
+"""The network as one file that runs without this repository: ONNX, or torch.export's .pt2."""
+
+import copy
+import io
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from storage import write_atomically
+from utils import UserError
+
+MODEL_FILES = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}  # what each needs
+
+# Of coordinates of unit vectors, as measured: sums in another order change them by up to 5e-6, a
+# mean off by 1 of 255 by 2e-3, channels in another order by 3e-2.
+TOLERANCE = 1e-3
+
+
+class Embedder(nn.Module):
+    """RGB pixels, uint8 [B, H, W, 3] -> embeddings [B, d], L2-normalised."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels):
+        return self.model.embed(self.model.prepare(pixels))
+
+
+@torch.no_grad()
+def save_model(model, path, pixels):
+    """Write the network, its preparation inside, for batches of any size; `pixels`, uint8 RGB
+    [B, H, W, 3], are some of its images. UserError, and no file, where it cannot be exported, or
+    where the file's bytes, loaded again, embed them otherwise than `model` does."""
+    network, pixels = Embedder(copy.deepcopy(model)).cpu().eval(), pixels.cpu()
+    export = to_onnx if Path(path).suffix.lower() == ".onnx" else to_pt2
+    two = pixels[:1].repeat(2, 1, 1, 1)  # a batch of one would be taken for the only size
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch muses on its own insides
+            sizes = [{0: torch.export.Dim("batch")}]
+            data, run = export(torch.export.export(network, (two,), dynamic_shapes=sizes))
+            errors = [run(x) - network(x) for x in (pixels, pixels[:1])]
+    except Exception as error:  # exporters fail in a dozen ways
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: torch cannot export {model.name}: {reason}") from error
+    most = torch.cat(errors).abs().max().item()
+    if not most <= TOLERANCE:
+        raise UserError(f"{path}: not written, its embeddings are off by {most:.1e}")
+    write_atomically(Path(path).resolve(), data)
+    shape = ", ".join(map(str, pixels.shape[1:]))
+    print(f"{path}: uint8 [B, {shape}] -> float32 [B, {model.embedding_size}]; on "
+          f"{len(pixels)} images at most {most:.1e} from the network itself")  # fmt: skip
+
+
+def to_pt2(program):
+    """(the file's bytes, the function that they hold)."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    data = buffer.getvalue()
+    return data, torch.export.load(io.BytesIO(data)).module()
+
+
+def to_onnx(program):
+    """(the file's bytes, the function that they hold)."""
+    import onnxruntime  # only this needs it
+
+    names = {"input_names": ["pixels"], "output_names": ["embedding"]}
+    data = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    data = data.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return data, lambda pixels: torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])

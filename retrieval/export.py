@@ -1,0 +1,90 @@
+"""Embeddings, with what is known of their images, as files that other programs read."""
+
+import io
+import os
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from retrieval.search import neighbours
+from storage import temporary_of, write_atomically
+from utils import UserError, plural, progress
+
+EMBEDDING_FILES = {".npz": (), ".parquet": ("pyarrow",)}  # what each needs
+ROW_GROUP = 100  # images whose files are in memory at once
+NEIGHBOURS = 8
+
+
+def export(path, embeddings, images, hits):
+    """Write an ImageSet and its embeddings [N, d]; hits: {k: [Q]} of hits_at_k, for .parquet."""
+    out = Path(path).resolve()
+    if out.suffix.lower() == ".parquet":
+        write_parquet(out, embeddings, images, hits)
+    else:
+        write_npz(out, embeddings, images)
+    print(f"{path}: {plural(len(images), 'embedding')} of {embeddings.shape[1]} dimensions")
+
+
+def write_npz(path, embeddings, images):
+    """For numpy.load: embeddings [N, d], labels [N], classes [C], paths [N]; where there is a
+    gallery, queries too: how many images come before it."""
+    buffer = io.BytesIO()
+    queries = {} if images.queries is None else {"queries": images.queries}
+    np.savez(
+        buffer, embeddings=embeddings.cpu().numpy(), labels=images.labels.numpy(),
+        classes=np.array(images.classes), paths=np.array(images.paths), **queries,
+    )  # fmt: skip
+    write_atomically(path, buffer.getbuffer())
+
+
+def write_parquet(path, embeddings, images, hits):
+    """A row for each image; `hit@K` and `neighbours` are null for a gallery's."""
+    import pyarrow as pa  # only this needs it
+    from pyarrow.parquet import ParquetWriter
+
+    neighbour = pa.struct({"path": pa.string(), "similarity": pa.float32()})
+    schema = pa.schema({
+        "path": pa.string(), "class": pa.string(), "label": pa.int64(), "split": pa.string(),
+        **{f"hit@{k}": pa.bool_() for k in hits}, "neighbours": pa.list_(neighbour),
+        "embedding": pa.list_(pa.float32(), embeddings.shape[1]),
+        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+    })  # fmt: skip
+    found = rows(embeddings, images, hits, *neighbours(embeddings, NEIGHBOURS, images.queries))
+    temporary = temporary_of(path)
+    try:
+        with ParquetWriter(temporary, schema) as writer:
+            groups = range(0, len(images), ROW_GROUP)
+            for _ in progress(groups, len(groups), "writing"):
+                writer.write_table(pa.Table.from_pylist(list(islice(found, ROW_GROUP)), schema))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def rows(embeddings, images, hits, similarities, indices):
+    """{column: value} of each image; `image` is its file, as Hugging Face's data sets have it."""
+    hits = {f"hit@{k}": hit.tolist() for k, hit in hits.items()}
+    embeddings, labels, queries = embeddings.cpu().numpy(), images.labels.tolist(), images.queries
+    similarities, indices = similarities.tolist(), indices.tolist()
+    names = [text(path) for path in images.paths]
+    for i, (path, name, label) in enumerate(zip(images.paths, names, labels)):
+        row = {
+            "path": name, "class": text(images.classes[label]), "label": label,
+            "split": "test" if queries is None else "query" if i < queries else "gallery",
+            "embedding": embeddings[i],
+            "image": {"bytes": Path(path).read_bytes(), "path": os.path.basename(name)},
+        }  # fmt: skip
+        if i < len(indices):
+            row |= {column: hit[i] for column, hit in hits.items()}
+            row["neighbours"] = [
+                {"path": names[j], "similarity": s} for j, s in zip(indices[i], similarities[i])
+            ]
+        yield row
+
+
+def text(name):
+    """A file's name as Unicode, which it need not be."""
+    return os.fsencode(name).decode(errors="backslashreplace")
