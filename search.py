@@ -1,7 +1,6 @@
 """Nearest neighbours of images: python search.py --resume RUN --gallery DIR --query A.jpg B.jpg"""
 
 import hashlib
-import io
 import os
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,13 @@ from net import load_model
 from retrieval.page import search_page
 from retrieval.search import nearest
 from runs.folder import checkpoint_in
-from storage import read_checkpoint, require_writable, write_atomically, write_json
+from storage import (
+    read_checkpoint,
+    replacing,
+    require_writable,
+    write_atomically,
+    write_json,
+)
 from utils import UserError, choose_device, plural, progress, run, warn
 
 
@@ -119,20 +124,21 @@ def gallery_of(args, checkpoint, embed):
     keys = [key for key in keys if key in known or key in fresh]
     if not keys:
         raise UserError(f"--gallery {args.gallery}: no image in it can be read")
-    embeddings = torch.empty(len(keys), embedded.shape[1])
-    for row, key in enumerate(keys):
-        x = embedded[fresh[key]] if key in fresh else index["embeddings"][known[key]]
-        embeddings[row] = torch.as_tensor(x)
     paths = [path for path, _ in keys]
     print(f"gallery: {plural(len(paths), 'image')}, {len(kept):,} of them embedded now; "
           f"{len(new) - len(kept):,} skipped")  # fmt: skip
-    if file:
-        buffer = io.BytesIO()
-        np.savez(
-            buffer, embeddings=embeddings.numpy(), paths=np.array(paths), source=source,
-            stamps=np.array([stamp for _, stamp in keys]), checkpoint=checkpoint,
-        )  # fmt: skip
-        write_atomically(Path(file).resolve(), buffer.getbuffer())
+    if keys == [*known]:
+        embeddings = torch.from_numpy(index["embeddings"])
+    else:
+        embeddings = torch.empty(len(keys), embedded.shape[1])
+        for row, key in enumerate(keys):
+            x = embedded[fresh[key]] if key in fresh else index["embeddings"][known[key]]
+            embeddings[row] = torch.as_tensor(x)
+    if file and not (keys == [*known] and os.path.exists(file)):
+        stamps = np.array([stamp for _, stamp in keys])
+        with replacing(Path(file).resolve()) as new, open(new, "wb") as out:
+            np.savez(out, embeddings=embeddings.numpy(), paths=np.array(paths), stamps=stamps,
+                     source=source, checkpoint=checkpoint)  # fmt: skip
     return paths, embeddings
 
 

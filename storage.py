@@ -55,6 +55,20 @@ def write_atomically(path, data, keep=None):
         ) from error
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """In a `with`, the path of a new file that takes the place of `path` at the end; nothing of it
+    is left, and one line says why, where it could not be written."""
+    temporary = temporary_of(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def require_writable(args, *flags):
     """UserError, before the work, where what a flag names cannot be a new file."""
     for flag in flags:

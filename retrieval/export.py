@@ -1,6 +1,5 @@
 """Embeddings, with what is known of their images, as files that other programs read."""
 
-import io
 import os
 from itertools import islice
 from pathlib import Path
@@ -8,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from retrieval.search import neighbours
-from storage import temporary_of, write_atomically
-from utils import UserError, plural, progress
+from storage import replacing
+from utils import plural, progress
 
 EMBEDDING_FILES = {".npz": (), ".parquet": ("pyarrow",)}  # what each needs
 ROW_GROUP = 100  # images whose files are in memory at once
@@ -29,13 +28,12 @@ def export(path, embeddings, images, hits):
 def write_npz(path, embeddings, images):
     """For numpy.load: embeddings [N, d], labels [N], classes [C], paths [N]; where there is a
     gallery, queries too: how many images come before it."""
-    buffer = io.BytesIO()
     queries = {} if images.queries is None else {"queries": images.queries}
-    np.savez(
-        buffer, embeddings=embeddings.cpu().numpy(), labels=images.labels.numpy(),
-        classes=np.array(images.classes), paths=np.array(images.paths), **queries,
-    )  # fmt: skip
-    write_atomically(path, buffer.getbuffer())
+    with replacing(path) as new, open(new, "wb") as file:
+        np.savez(
+            file, embeddings=embeddings.cpu().numpy(), labels=images.labels.numpy(),
+            classes=np.array(images.classes), paths=np.array(images.paths), **queries,
+        )  # fmt: skip
 
 
 def write_parquet(path, embeddings, images, hits):
@@ -51,17 +49,10 @@ def write_parquet(path, embeddings, images, hits):
         "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
     })  # fmt: skip
     found = rows(embeddings, images, hits, *neighbours(embeddings, NEIGHBOURS, images.queries))
-    temporary = temporary_of(path)
-    try:
-        with ParquetWriter(temporary, schema) as writer:
-            groups = range(0, len(images), ROW_GROUP)
-            for _ in progress(groups, len(groups), "writing"):
-                writer.write_table(pa.Table.from_pylist(list(islice(found, ROW_GROUP)), schema))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    groups = range(0, len(images), ROW_GROUP)
+    with replacing(path) as new, ParquetWriter(new, schema) as writer:
+        for _ in progress(groups, len(groups), "writing"):
+            writer.write_table(pa.Table.from_pylist(list(islice(found, ROW_GROUP)), schema))
 
 
 def rows(embeddings, images, hits, similarities, indices):
