@@ -12,6 +12,7 @@ from retrieval.embed import embed
 from retrieval.export import EMBEDDING_FILES, export
 from retrieval.metrics import hits_at_k, precision_at_r, recall_at_k  # noqa: F401 (as an API)
 from retrieval.page import results_page
+from retrieval.search import NEIGHBOURS, neighbours
 from runs.checkpoint import epoch_of
 from runs.curves import draw_curves
 from runs.folder import checkpoint_in
@@ -148,14 +149,15 @@ def main(argv=None):
     print(f"{args.checkpoint} {args.remark}".strip())
     for metric, percent in found.items():
         print(f"{metric} : {percent:.3f}")
+    near = neighbours(embeddings, NEIGHBOURS, images.queries) if args.export or args.page else None
     if args.export:
-        export(args.export, embeddings, images, hits)
+        export(args.export, embeddings, images, hits, near)
     if args.page:
         history = checkpoint.get("history")
-        write_atomically(Path(args.page).resolve(), results_page(
-            args.checkpoint, about, {"this evaluation": found}, images, embeddings, hits,
-            draw_curves(history) if history else None,
-        ))  # fmt: skip
+        curves = draw_curves(history) if history else None
+        metrics = {"this evaluation": found}
+        page = results_page(args.checkpoint, about, metrics, images, hits, near, curves)
+        write_atomically(Path(args.page).resolve(), page)
     if args.json:
         write_json(Path(args.json).resolve(), {
             **found, "dataset": args.dataset, "data_root": args.data_root, "split": "test",

@@ -2,7 +2,7 @@
 
 import argparse
 
-from utils import UserError, nearest
+from utils import UserError, did_you_mean
 
 VERSION = "0.2.0"
 
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None, namespace=None):
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
-            near = nearest(unknown[0].partition("=")[0], self._option_string_actions)
+            near = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
         return args
 

@@ -31,6 +31,7 @@ from net import CHOICES, model_name
 from recipe import OPTIMIZERS, Training, loss_noise, prepare_epoch, settle_loss, train_step
 from retrieval.page import results_page
 from retrieval.picture import draw_neighbours
+from retrieval.search import NEIGHBOURS, neighbours
 from runs.checkpoint import bytes_needed, capture, restore
 from runs.curves import draw_curves
 from runs.report import announce, conclude, say_epoch
@@ -253,14 +254,15 @@ def main(argv=None):
     config = {**vars(args), **process, "data": counts}
     following = track(args, mode, run_folder.folder, run_id, config, training.history)
     announce(training, len(train_batches), process["device"], run_folder.folder)
-    with Stop() as stop, following as wandb_run:
+    with following as wandb_run:
         description["wandb_id"] = wandb_run.id if wandb_run else run_id
         run_folder.start(description, training.history if checkpoint else None)
-        retrieved = train_from(
-            epoch, training, train_batches, test_scores, run_folder, stop, wandb_run
-        )
+        with Stop() as stop:
+            retrieved = train_from(
+                epoch, training, train_batches, test_scores, run_folder, stop, wandb_run
+            )
+        run_folder.previous.unlink(missing_ok=True)  # a finished run needs no second one
         draw(run_folder, training.history, test, retrieved, wandb_run)
-    run_folder.previous.unlink(missing_ok=True)  # a finished run needs no second one
     run_folder.file_lock.release()
     conclude(training.history, run_folder, address_of(wandb_run))
 
@@ -286,15 +288,17 @@ def draw(run_folder, history, test, retrieved, wandb_run):
     if not test:
         return
     last, best = history[-1], best_of(history)
-    recalls = {
+    metrics = {
         f"last epoch, {last['epoch']}": scores_of(last),
         f"best epoch, {best['epoch']}, chosen on these images": scores_of(best),
     }
     about = f"{describe('test', test)}. Below, the last epoch's network."
-    page = results_page(run_folder.folder.name, about, recalls, test, *retrieved, curves)
+    embeddings, hits = retrieved
+    near = neighbours(embeddings, NEIGHBOURS, test.queries)
+    page = results_page(run_folder.folder.name, about, metrics, test, hits, near, curves)
     write_atomically(run_folder.page, page)
     if wandb_run:
-        log_picture(wandb_run, draw_neighbours(test, retrieved[0]))
+        log_picture(wandb_run, draw_neighbours(test, embeddings))
 
 
 def memory_of(device):

@@ -123,7 +123,7 @@ def plural(count, word):
     return f"{count:,} {word if count == 1 else many}"
 
 
-def nearest(word, known):
+def did_you_mean(word, known):
     """`; did you mean X?` for the end of an error, or nothing where none of `known` is near."""
     near = difflib.get_close_matches(word, known, 1)
     return f"; did you mean {near[0]}?" if near else ""

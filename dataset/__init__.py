@@ -1,10 +1,14 @@
 """The data sets, under one name each: `load(name, root, split)`.
 
-Each is a module with `read(root) -> {split: [(path, class name)]}` and the KS of its Recall@K.
-Published ones also have their PUBLISHED counts, and as RECIPE the flags of their published command
-that are not every data set's default, as PAPER the paper's recalls, as FILES what dataset.download
-fetches and as SOURCE where to get it by hand. Of users' own, OWN is the flag that says which they
-are.
+Each is a module with `read(root) -> {split: [(path, class name)]}` and
+
+KS         of its Recall@K
+PUBLISHED  {split: (images, classes)}
+RECIPE     the flags of its published command that are not every data set's default
+PAPER      the paper's recalls, in per cent
+FILES      {path under the data root: (MD5, URL or None)} of what dataset.download fetches
+SOURCE     where to get those by hand
+OWN        of users' own images, the flag that says which they are
 """
 
 import os
@@ -14,7 +18,7 @@ from pathlib import Path
 from dataset import cars, cub, demo, folder, inshop, sop, table
 from dataset.files import on_disk
 from dataset.images import ImageSet
-from utils import UserError, nearest, plural, warn
+from utils import UserError, did_you_mean, plural, warn
 
 DATASETS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "demo": demo, "folder": folder}
 ALIASES = {"car": "cars"}  # differs: the script does not know the name its README uses
@@ -27,7 +31,7 @@ def canonical_name(name):
         return os.path.normpath(name)
     spellings = {known.lower(): known for known in DATASETS} | ALIASES
     if name.lower() not in spellings:
-        near = nearest(name.lower(), spellings)
+        near = did_you_mean(name.lower(), spellings)
         raise UserError(f"--dataset {name}: unknown data set{near}; choose from {CHOICES}")
     return spellings[name.lower()]
 
@@ -98,8 +102,7 @@ def on_disk_of(name, splits, part):
         if missing:
             reason = f": none of the listed files is there, such as {missing[0]}"
         raise UserError(f"{name} {part}: there are no images{reason}")
-    difference = unlike_published(name, part, items)
-    if difference:
+    if difference := unlike_published(name, part, items):
         warn(difference)
     return items
 
@@ -116,7 +119,7 @@ def unlike_published(name, split, items):
     )
 
 
-def difference(name, root):
+def unlike_published_set(name, root):
     """How what is under `root` differs from the published data set, in a line; empty if not."""
     try:
         splits = read(name, root).items()

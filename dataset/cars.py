@@ -12,7 +12,7 @@ PUBLISHED = {"train": (8054, 98), "test": (8131, 98)}  # images, classes
 RECIPE = {"lr_decay_step": 20}
 PAPER = {"R@1": 87.9, "R@2": 92.6, "R@4": 95.7, "R@8": 97.4}  # per cent
 SOURCE = "a copy of http://ai.stanford.edu/~jkrause/car196/, whose host is gone"
-FILES = {  # under the data root: MD5, host
+FILES = {
     "car_ims.tgz": ("d5c8f0aa497503f355e17dc7886c3f14", None),
     "cars_annos.mat": ("b407c6086d669747186bd1d764ff9dbc", None),
 }

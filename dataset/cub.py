@@ -6,7 +6,7 @@ KS = (1, 2, 4, 8, 16, 32)
 PUBLISHED = {"train": (5864, 100), "test": (5924, 100)}  # images, classes
 PAPER = {"R@1": 70.0, "R@2": 79.6, "R@4": 87.1, "R@8": 92.0}  # per cent
 SOURCE = "https://data.caltech.edu/records/65de6-vp158"
-FILES = {  # under the data root: MD5, host
+FILES = {
     "CUB_200_2011.tgz": ("97eceeb196236b17998738112f37df78", f"{SOURCE}/files/CUB_200_2011.tgz"),
 }
 

@@ -5,7 +5,6 @@ python -m dataset.download cub
 
 import shutil
 import tarfile
-import time
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -14,12 +13,11 @@ from torchvision.datasets.utils import check_integrity
 
 import dataset
 from flags import VERSION, Parser
-from utils import UserError, progress, run, warn
+from utils import UserError, progress, run
 
 PROGRAM = "python -m dataset.download"
 NAMES = [name for name, module in dataset.DATASETS.items() if hasattr(module, "FILES")]
 CHUNK = 2**20  # bytes
-PAUSES = (1, 5, 20)  # seconds before each try to go on with a broken transfer
 
 
 def obtain(name, root):
@@ -32,7 +30,7 @@ def obtain(name, root):
         raise UserError(f"{reasons}; by hand, get it from {module.SOURCE}, then run this again")
     for archive in (path for path in needed if path.suffix in (".tgz", ".zip")):
         unpack(archive)
-    if difference := dataset.difference(name, root):
+    if difference := dataset.unlike_published_set(name, root):
         raise UserError(f"{difference}; move away what came of {' and '.join(map(str, files))}")
 
 
@@ -43,7 +41,8 @@ def fetch(path, md5, url):
     part = path if path.exists() else path.with_name(f"{path.name}.part")
     try:
         if part != path:
-            download(url, part)
+            print(f"downloading {url}", flush=True)
+            transfer(url, part)
     except (OSError, HTTPException) as error:
         if getattr(error, "code", None) != 416:  # HTTP's: there is nothing after what we have
             return f"{path} (MD5 {md5}) is missing: {url} failed ({error}), run this again to go on"
@@ -52,21 +51,10 @@ def fetch(path, md5, url):
     part.rename(path)
 
 
-def download(url, part):
-    """All of `url` in the file `part`, going on where this, or an earlier call, broke off."""
-    print(f"downloading {url}", flush=True)
-    for pause in PAUSES:
-        try:
-            return transfer(url, part)
-        except (ConnectionError, TimeoutError, HTTPException) as error:
-            warn(f"{url}: {error}; going on in {pause} s")
-            time.sleep(pause)
-    return transfer(url, part)
-
-
 def transfer(url, part):
     """Append to `part` what it lacks; a host that cannot continue a file sends it all again."""
     done = part.stat().st_size if part.exists() else 0
+    # torchvision's downloader names itself, too: some hosts refuse Python's own name
     request = Request(url, headers={"Range": f"bytes={done}-", "User-Agent": f"DDML/{VERSION}"})
     with urlopen(request, timeout=20) as response:  # seconds without a byte
         if response.headers.get_content_type() == "text/html":  # it would replace what we have
@@ -109,7 +97,7 @@ def main(argv=None):
         root.mkdir()
     if not root.is_dir():
         raise UserError(f"--data-root {root}: no such folder")
-    if dataset.difference(args.name, root):
+    if dataset.unlike_published_set(args.name, root):
         obtain(args.name, root)
     for split, (images, classes) in dataset.module_of(args.name).PUBLISHED.items():
         print(f"{args.name} {split}: {images:,} images of {classes:,} classes, as published")

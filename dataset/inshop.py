@@ -10,7 +10,7 @@ PUBLISHED = {  # images, classes
     "gallery": (12612, 3985),
 }
 SOURCE = "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html"
-FILES = {  # under the data root: MD5, of which none is published that we know, and host
+FILES = {  # no MD5 is published that we know of
     "Inshop_Clothes/Img/img.zip": (None, None),
     "Inshop_Clothes/Eval/list_eval_partition.txt": (None, None),
 }

@@ -10,7 +10,7 @@ SOURCE = (
     "ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip (often down; its page is "
     "https://cvgl.stanford.edu/projects/lifted_struct/)"
 )
-FILES = {  # under the data root: MD5, host; by FTP, urllib could not go on where it stopped
+FILES = {  # not by FTP, where urllib could not go on where it stopped
     "Stanford_Online_Products.zip": (
         "7f73d41a2f44250d4779881525aea32e",
         "https://drive.usercontent.google.com/download?id=1TclrpQOF_ullUP99wk_gjGN8pKvtErG8"

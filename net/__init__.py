@@ -8,7 +8,7 @@ from torch import nn
 from net.backbones import BACKBONES, TIMM, create_backbone
 from net.weights import load_strictly, load_weights
 from storage import read_checkpoint
-from utils import UserError, nearest
+from utils import UserError, did_you_mean
 
 
 def l2_normalize(x):
@@ -95,7 +95,7 @@ CHOICES = f"{', '.join(BACKBONES)} or {TIMM}NAME"
 def model_name(name):
     """--model's type: a row of BACKBONES, or timm/NAME."""
     if name not in BACKBONES and not name.startswith(TIMM):
-        near = nearest(name, BACKBONES)
+        near = did_you_mean(name, BACKBONES)
         raise UserError(f"--model {name}: choose from {CHOICES}{near}")
     return name
 

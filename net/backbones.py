@@ -10,7 +10,7 @@ from torch import nn
 from net.bn_inception import BNInception
 from net.weights import download
 from storage import read_checkpoint
-from utils import UserError, nearest
+from utils import UserError, did_you_mean
 
 TIMM = "timm/"
 
@@ -68,7 +68,7 @@ def timm_model(name):
     import timm  # takes a second, and only these need it
 
     if not timm.is_model(name):
-        near = nearest(f"{TIMM}{name}", [f"{TIMM}{known}" for known in timm.list_models()])
+        near = did_you_mean(f"{TIMM}{name}", [f"{TIMM}{known}" for known in timm.list_models()])
         near = near or "; timm.list_models() lists them"
         raise UserError(f"--model {TIMM}{name}: timm has no such model{near}")
     try:

@@ -1,6 +1,5 @@
 """The network as one file that runs without this repository: ONNX, or torch.export's .pt2."""
 
-import copy
 import io
 import warnings
 from pathlib import Path
@@ -33,13 +32,14 @@ class Embedder(nn.Module):
 def save_model(model, path, pixels):
     """Write the network, its preparation inside, for batches of any size; `pixels`, uint8 RGB
     [B, H, W, 3], are some of its images. UserError, and no file, where it cannot be exported, or
-    where the file's bytes, loaded again, embed them otherwise than `model` does."""
-    network, pixels = Embedder(copy.deepcopy(model)).cpu().eval(), pixels.cpu()
+    where the file's bytes, loaded again, embed them otherwise than `model` does. Leaves `model`, on
+    the CPU, in eval mode."""
+    network, pixels = Embedder(model).eval(), pixels.cpu()
     export = to_onnx if Path(path).suffix.lower() == ".onnx" else to_pt2
     two = pixels[:1].repeat(2, 1, 1, 1)  # a batch of one would be taken for the only size
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch muses on its own insides
+            warnings.simplefilter("ignore")
             sizes = [{0: torch.export.Dim("batch")}]
             data, run = export(torch.export.export(network, (two,), dynamic_shapes=sizes))
             errors = [run(x) - network(x) for x in (pixels, pixels[:1])]

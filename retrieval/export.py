@@ -6,20 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from retrieval.search import neighbours
 from storage import replacing
 from utils import plural, progress
 
 EMBEDDING_FILES = {".npz": (), ".parquet": ("pyarrow",)}  # what each needs
 ROW_GROUP = 100  # images whose files are in memory at once
-NEIGHBOURS = 8
 
 
-def export(path, embeddings, images, hits):
-    """Write an ImageSet and its embeddings [N, d]; hits: {k: [Q]} of hits_at_k, for .parquet."""
+def export(path, embeddings, images, hits, near):
+    """Write an ImageSet and its embeddings [N, d]; for .parquet, hits: {k: [Q]} of hits_at_k, and
+    near: of `neighbours`."""
     out = Path(path).resolve()
     if out.suffix.lower() == ".parquet":
-        write_parquet(out, embeddings, images, hits)
+        write_parquet(out, embeddings, images, hits, near)
     else:
         write_npz(out, embeddings, images)
     print(f"{path}: {plural(len(images), 'embedding')} of {embeddings.shape[1]} dimensions")
@@ -36,7 +35,7 @@ def write_npz(path, embeddings, images):
         )  # fmt: skip
 
 
-def write_parquet(path, embeddings, images, hits):
+def write_parquet(path, embeddings, images, hits, near):
     """A row for each image; `hit@K` and `neighbours` are null for a gallery's."""
     import pyarrow as pa  # only this needs it
     from pyarrow.parquet import ParquetWriter
@@ -48,7 +47,7 @@ def write_parquet(path, embeddings, images, hits):
         "embedding": pa.list_(pa.float32(), embeddings.shape[1]),
         "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
     })  # fmt: skip
-    found = rows(embeddings, images, hits, *neighbours(embeddings, NEIGHBOURS, images.queries))
+    found = rows(embeddings, images, hits, *near)
     groups = range(0, len(images), ROW_GROUP)
     with replacing(path) as new, ParquetWriter(new, schema) as writer:
         for _ in progress(groups, len(groups), "writing"):

@@ -54,7 +54,7 @@ def precision_at_r(embeddings, labels, gallery=None, gallery_labels=None, memory
     """{"MAP@R", "R-Precision"} (Musgrave et al., ECCV 2020, section 3.2): of the R nearest of a
     query with R matches, the fraction that match, and their average precision; means over queries.
 
-    Arguments, ties and queries without a match as in recall_at_k; all is computed in float64, in
+    Arguments, ties and queries without a match as in hits_at_k; all is computed in float64, in
     chunks of queries whose similarities take `memory` bytes.
     """
     itself = gallery is None

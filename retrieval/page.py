@@ -7,12 +7,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from dataset.files import opened
-from retrieval.search import neighbours
 from utils import UserError, progress
 
-TOP = 8  # neighbours of a query
 SIDE = 112  # pixels of a picture's longer side
 MAX_BYTES = 12 * 10**6  # of all pictures in a page, as text
 
@@ -25,8 +24,10 @@ class Pictures:
 
     def add(self, path):
         if path not in self.number:
+            jpeg = io.BytesIO()
+            small_picture(path).save(jpeg, "JPEG", quality=75)  # about 3 kB
             self.number[path] = len(self.texts)
-            self.texts.append(base64.b64encode(small_jpeg(path)).decode())
+            self.texts.append(base64.b64encode(jpeg.getvalue()).decode())
             self.bytes += len(self.texts[-1])
         return self.number[path]
 
@@ -36,23 +37,21 @@ class Pictures:
         return {"pictures": self.texts, "names": names}
 
 
-def small_jpeg(path):
-    """Bytes, about 3 kB; none of a file that is no longer there or is damaged."""
-    buffer = io.BytesIO()
+def small_picture(path):
+    """A small copy of an image; a grey one of a file that is no longer there or is damaged."""
     try:
         with opened(path) as image:
             image.thumbnail((SIDE, SIDE))  # asks a JPEG's decoder for no more than that
-            image.convert("RGB").save(buffer, "JPEG", quality=75)
+            return image.convert("RGB")
     except UserError:
-        return b""
-    return buffer.getvalue()
+        return Image.new("RGB", (SIDE, SIDE), "grey")
 
 
 def write_page(data):
     """page.html with `data` in it, as bytes."""
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no </script> in a name
-    return page.replace("DATA", text, 1).encode(errors="replace")
+    text = json.dumps(data).replace("<", "\\u003c")  # no </script> in a name
+    return page.replace("DATA", text, 1).encode()
 
 
 def search_page(results):
@@ -66,19 +65,17 @@ def search_page(results):
         for result in results
     ]  # fmt: skip
     return write_page({
-        "title": "Nearest neighbours", "about": "", "note": "", "recalls": [], "curves": None,
+        "title": "Nearest neighbours", "about": "", "note": "", "metrics": [], "curves": None,
         "classes": [], "queries": queries, **pictures.data(),
     })  # fmt: skip
 
 
-def results_page(title, about, recalls, images, embeddings, hits, curves=None):
-    """The page's bytes: what `recalls`, {row: {metric: per cent}}, come from, query by query.
-
-    images: the ImageSet that embeddings [N, d] are of; hits: {k: [Q]} of hits_at_k; curves: a PNG's
-    bytes.
-    """
+def results_page(title, about, metrics, images, hits, near, curves=None):
+    """A page of metrics, {row: {metric: per cent}}, of classes, of confusions, and of queries with
+    their neighbours; its bytes. hits: {k: [Q]} of hits_at_k; near: of `neighbours`; curves: a PNG's
+    bytes."""
     labels, count = images.labels.numpy(), images.queries or len(images)
-    similarities, indices = (part.numpy() for part in neighbours(embeddings, TOP, images.queries))
+    similarities, indices = (part.numpy() for part in near)
     k = min(hits)
     hit, found = hits[k].cpu().numpy(), labels[indices]
     pictures, queries = Pictures(), []
@@ -98,13 +95,13 @@ def results_page(title, about, recalls, images, embeddings, hits, curves=None):
         if label != other
     )  # fmt: skip
     note = (
-        f"{len(queries):,} of {count:,} queries: of each class the worst one, then of each the "
-        "next. ✓ and a line: of the query's class; ✗ and dashes: of another."
+        f"{len(queries):,} of {count:,} queries, worst first, one of each class before a second of "
+        "any. ✓ and a line: of the query's class; ✗ and dashes: of another."
     )
     return write_page({
-        "title": title, "about": about, "note": note, "recalls": list(recalls.items()),
+        "title": title, "about": about, "note": note, "metrics": list(metrics.items()),
         "curves": curves and base64.b64encode(curves).decode(), "classes": images.classes,
-        "queries": queries, **pictures.data(), "metric": f"R@{k}",
+        "queries": queries, **pictures.data(), "per_class_metric": f"R@{k}",
         "per_class": [(label, asked[label], right[label]) for label in sorted(asked)],
         "confusions": [(*pair, times) for pair, times in taken.most_common()],
     })  # fmt: skip
@@ -112,7 +109,7 @@ def results_page(title, about, recalls, images, embeddings, hits, curves=None):
 
 def worst_first(hit, right, similarities, labels):
     """Queries in order: of every class the worst, then of every class the next. Worst is a miss,
-    then one with few `right` [Q, TOP], then one whose nearest is near."""
+    then one with few `right` [Q, top], then one whose nearest is near."""
     order = np.lexsort((-similarities[:, 0], right.sum(axis=1), hit))
     seen, rank = Counter(), np.empty(len(order), int)
     for query in order:

@@ -2,7 +2,7 @@
 
 import torch
 
-from dataset.files import read_image
+from retrieval.page import small_picture
 from retrieval.search import nearest
 
 
@@ -13,20 +13,19 @@ def draw_neighbours(images, embeddings, count=8, top=8):
     from matplotlib.figure import Figure
 
     asked, first = images.queries or len(images), images.queries or 0
-    rows = torch.arange(asked)[:: -(-asked // count)]
+    rows = torch.linspace(0, asked - 1, min(count, asked)).long()
     excluded = rows.to(embeddings.device) if images.queries is None else None
     similarities, indices = nearest(embeddings[rows], embeddings[first:], top, excluded)
     figure = Figure(figsize=(1.2 * (top + 1), 1.4 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), top + 1, squeeze=False)
     for cells, query, near, found in zip(axes, rows, similarities.tolist(), indices + first):
         for cell, index in zip(cells, (query, *found)):
-            image = read_image(images.paths[index])
-            image.thumbnail((160, 160))
-            cell.imshow(image)
+            cell.imshow(small_picture(images.paths[index]))
             cell.set(xticks=[], yticks=[])
         for cell in cells[1 + len(found) :]:
             cell.set_axis_off()
-        cells[0].set_title(images.classes[images.labels[query]][:16], fontsize="small")
+        name = images.classes[images.labels[query]][:16].encode(errors="replace").decode()
+        cells[0].set_title(name, fontsize="small", parse_math=False)
         for cell, similarity, index in zip(cells[1:], near, found):
             right = images.labels[index] == images.labels[query]
             cell.set_title(f"{'✓' if right else '✗'} {similarity:.2f}", fontsize="small")

@@ -6,6 +6,8 @@ import torch
 
 from utils import progress
 
+NEIGHBOURS = 8  # in pages and exports
+
 
 @torch.inference_mode()
 def nearest(queries, gallery, top, excluded=None, chunk_size=2**16):

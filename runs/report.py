@@ -1,8 +1,6 @@
 """What a run says on the terminal: what will happen, each epoch, and at the end what to look at."""
 
-import shutil
-import sys
-import textwrap
+import shlex
 
 from tqdm import tqdm
 
@@ -24,38 +22,37 @@ def announce(training, steps, device_name, folder):
 
 def say_epoch(result, epochs):
     """An epoch's result, and how long the rest of `epochs` will take if each takes as long."""
-    scores = "".join(f"{key} {value:.2f}  " for key, value in scores_of(result).items())
     rest = epochs - result["epoch"] - 1
     left = f"; {tqdm.format_interval(rest * result['seconds'])} left" if rest else ""
-    line = (
-        f"epoch {result['epoch']}  loss {result['loss']:.4f}  {scores}"
+    say(
+        f"epoch {result['epoch']}  loss {result['loss']:.4f}  {in_words(result)}"
         f"({result['seconds']:.1f} s: data {result['seconds_data']:.1f}, steps "
         f"{result['seconds_step']:.1f}, evaluation {result['seconds_eval']:.1f}; "
         f"{result['images_per_second']:.0f} images/s{left})"
     )
-    if sys.stdout.isatty():
-        line = textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent="  ")
-    say(line)
+
+
+def in_words(result):
+    return "".join(f"{key} {value:.2f}  " for key, value in scores_of(result).items())
 
 
 def conclude(history, run_folder, wandb=None):
     """Best and last epoch, and what to look at; `wandb` is an address or a command."""
     last, best = history[-1], best_of(history)
     if scores_of(last):
-        widths = {key: max(8, len(key) + 2) for key in scores_of(last)}
-        print("    " + "".join(f"{key:>{width}}" for key, width in widths.items()))
         for title, result in (("best", best), ("last", last)):
-            values = "".join(f"{result[key]:{width}.2f}" for key, width in widths.items())
-            print(f"{title}{values}  epoch {result['epoch']}")
+            print(f"{title}: epoch {result['epoch']}  {in_words(result)}".rstrip())
         print("The best epoch is chosen on the test images, the last one is not.")
     else:
         print("Trained on all classes: none is left to test.")
-    print(f"run folder: {run_folder.folder}")
-    for file in (run_folder.page, run_folder.curves):
-        if file.exists():
-            print(f"  {file.resolve().as_uri()}")
-    for checkpoint in (run_folder.best, run_folder.last):
-        if checkpoint.exists():
-            print(f"  {checkpoint.name}")
+    folder = run_folder.folder
+    print(f"run folder: {folder}")
+    if run_folder.page.exists():
+        print(f"  to look at: {run_folder.page.resolve().as_uri()}")
+    elif scores_of(last):
+        page = shlex.quote(str(run_folder.page))
+        print(f"  to look at: python evaluate.py {shlex.quote(str(folder))} --page {page}")
+    best_file = run_folder.best if run_folder.best.exists() else run_folder.last
+    print(f"  to evaluate: {best_file}")
     if wandb:
-        print(f"  {wandb}")
+        print(f"  wandb: {wandb}")

@@ -5,11 +5,8 @@ import hashlib
 import io
 import random
 import shutil
-import signal
 import tarfile
 import threading
-import time
-import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 
 import dataset
-import utils
 from dataset import download
 from tests.conftest import (
     SOP,
@@ -68,7 +64,6 @@ class Host(BaseHTTPRequestHandler):
 @pytest.fixture
 def host(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(download, "PAUSES", (0, 0, 0))
     monkeypatch.setattr(download, "CHUNK", 2**16)
     with ThreadingHTTPServer(("127.0.0.1", 0), Host) as server:
         server.content, server.type, server.status = b"", "application/octet-stream", None
@@ -168,13 +163,6 @@ def test_a_data_set_that_is_there_is_left_alone(root, offer, host, capsys):
     assert "cub test: 20 images of 2 classes, as published" in capsys.readouterr().out
 
 
-def test_an_archive_that_is_there_is_not_fetched_again(root, offer, host):
-    offer("cub")
-    (root / f"{CUB}.tgz").write_bytes(host.content)
-    get("cub", root)
-    assert not host.asked and names(root) == [CUB, f"{CUB}.tgz"]
-
-
 def test_an_archive_with_another_md5_is_one_line_and_stays(root, offer, host, capsys):
     offer("cub")
     archive = root / f"{CUB}.tgz"
@@ -186,58 +174,26 @@ def test_an_archive_with_another_md5_is_one_line_and_stays(root, offer, host, ca
     assert not host.asked and names(root) == [archive.name]
 
 
-def test_a_transfer_that_breaks_off_goes_on_where_it_was(root, offer, host, capsys):
+def test_a_transfer_that_breaks_off_goes_on_where_it_was_when_it_is_run_again(
+    root, offer, host, capsys
+):
     offer("cub")
     host.breaks = [100_000, None, 50_000]
+    for missing in ("broken off", "without response", "broken off"):
+        line = fails_to_get("cub", root, capsys)
+        assert f"{host.url} failed (" in line and missing in line
+        assert "run this again to go on" in line and names(root) == [f"{CUB}.tgz.part"]
     get("cub", root)
     assert host.asked == [f"bytes={start}-" for start in (0, 100_000, 100_000, 150_000)]
-    missing = len(host.content) - 100_000
-    warning = f"warning: {host.url}: broken off {missing:,} bytes before the end; going on in 0 s"
-    assert warning in capsys.readouterr().err.splitlines()
-
-
-def test_a_transfer_that_was_given_up_goes_on_when_it_is_run_again(root, offer, host, capsys):
-    offer("cub")
-    host.breaks = [30_000] * 4
-    line = fails_to_get("cub", root, capsys)
-    assert f"{host.url} failed (broken off" in line and "run this again to go on" in line
-    assert names(root) == [f"{CUB}.tgz.part"] and len(host.asked) == 4
-    get("cub", root)
-    assert host.asked[4:] == ["bytes=120000-"] and names(root) == [CUB, f"{CUB}.tgz"]
-
-
-def test_a_transfer_stopped_by_ctrl_c_goes_on_when_it_is_run_again(root, offer, host):
-    offer("cub")
-    part = root / f"{CUB}.tgz.part"
-
-    def stop():
-        end = time.monotonic() + 5
-        while not (part.exists() and part.stat().st_size) and time.monotonic() < end:
-            time.sleep(0.01)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-
-    host.breaks, host.then = [100_000], stop
-    with pytest.raises(SystemExit) as stopped:
-        utils.run(lambda: get("cub", root))
-    assert stopped.value.code == 130 and names(root) == [part.name]
-    had, host.then = part.stat().st_size, lambda: None
-    get("cub", root)
-    assert had > 0 and host.asked == ["bytes=0-", f"bytes={had}-"]
+    assert names(root) == [CUB, f"{CUB}.tgz"]
 
 
 def test_a_host_that_cannot_continue_a_file_is_asked_for_all_of_it(root, offer, host):
     offer("cub")
-    host.continues, host.breaks = False, [100_000]
+    host.continues = False
+    (root / f"{CUB}.tgz.part").write_bytes(host.content[:1000])
     get("cub", root)
-    assert host.asked == ["bytes=0-", "bytes=100000-"]
-    assert (root / f"{CUB}.tgz").read_bytes() == host.content
-
-
-def test_a_file_of_which_all_came_before_the_stop_is_taken_as_it_is(root, offer, host):
-    offer("cub")
-    (root / f"{CUB}.tgz.part").write_bytes(host.content)
-    get("cub", root)
-    assert names(root) == [CUB, f"{CUB}.tgz"]
+    assert host.asked == ["bytes=1000-"] and (root / f"{CUB}.tgz").read_bytes() == host.content
 
 
 def test_a_host_without_the_file_is_one_line_that_says_what_to_get_by_hand(
@@ -250,13 +206,6 @@ def test_a_host_without_the_file_is_one_line_that_says_what_to_get_by_hand(
     assert f"{host.url} failed (HTTP Error 404" in line
     assert "by hand, get it from ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip" in line
     assert len(host.asked) == 1 and names(root) == []
-
-
-def test_a_host_that_is_not_there_is_one_line(root, offer, host, capsys):
-    offer("cub")
-    host.shutdown()
-    host.server_close()
-    assert f"{host.url} failed (<urlopen error" in fails_to_get("cub", root, capsys)
 
 
 def test_damaged_bytes_never_become_the_archive(root, offer, host, capsys):
@@ -312,39 +261,15 @@ def test_an_unpacking_that_ends_early_is_not_taken_for_a_data_set(
     assert names(root) == [CUB, f"{CUB}.tgz"]
 
 
-def evil_tar(content):
-    """The archive with one file more, whose path leads out of the data root."""
+def test_an_archive_cannot_write_outside_the_data_root(root, offer, archives, capsys):
     packed = io.BytesIO()
-    with (
-        tarfile.open(fileobj=io.BytesIO(content)) as old,
-        tarfile.open(fileobj=packed, mode="w:gz") as new,
-    ):
-        for member in old:
-            new.addfile(member, old.extractfile(member))
+    with tarfile.open(fileobj=packed, mode="w:gz") as file:
         evil = tarfile.TarInfo("../../evil")
         evil.size = 4
-        new.addfile(evil, io.BytesIO(b"evil"))
-    return packed.getvalue()
-
-
-def evil_zip(content):
-    packed = io.BytesIO(content)
-    with zipfile.ZipFile(packed, "a") as file:
-        file.writestr("../../evil", b"evil")
-    return packed.getvalue()
-
-
-@pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="this Python has no tar filter")
-def test_a_tar_that_leads_out_of_the_data_root_is_refused(root, offer, archives, capsys):
-    offer("cub", evil_tar(archives["cub"]))
-    assert "tgz: cannot be unpacked ('../../evil'" in fails_to_get("cub", root, capsys)
+        file.addfile(evil, io.BytesIO(b"evil"))
+    offer("cub", packed.getvalue())
+    assert "tgz: cannot be unpacked (" in fails_to_get("cub", root, capsys)
     assert not list(root.parent.rglob("evil")) and names(root) == [f"{CUB}.tgz"]
-
-
-def test_what_leads_out_of_the_data_root_in_a_zip_is_left(root, offer, archives):
-    offer("SOP", evil_zip(archives["SOP"]))
-    get("SOP", root)
-    assert not list(root.parent.rglob("evil")) and names(root) == [SOP, f"{SOP}.zip"]
 
 
 def test_a_part_of_a_data_set_is_named_and_stays(root, offer, host, capsys):

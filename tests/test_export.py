@@ -114,7 +114,7 @@ def test_an_image_that_is_gone_leaves_no_file(here, monkeypatch, capsys):
         next((here / "data/猫").iterdir()).unlink()
         return neighbours(*arguments)
 
-    monkeypatch.setattr(embedding_export, "neighbours", then_gone)
+    monkeypatch.setattr(evaluate, "neighbours", then_gone)
     line = fails(f"'{run}' --workers 0 --export e.parquet", capsys, evaluate.main)
     assert "data/猫/фото" in line and "No such file" in line
     assert not [path for path in here.iterdir() if "parquet" in path.name]

@@ -87,7 +87,7 @@ def test_an_offline_wandb_run_holds_what_people_look_at(here, capsys):
     assert Image.open(picture).width > 500
     (offline,) = folder.glob("wandb/offline-run-*")
     out, err = capsys.readouterr()
-    assert out.endswith(f"\n  wandb sync {offline.relative_to(here)}\n")
+    assert out.endswith(f"\n  wandb: wandb sync {offline.relative_to(here)}\n")
     assert (out + err).count("wandb ") == 1
     summary = {}
     for record in records:

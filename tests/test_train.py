@@ -94,9 +94,9 @@ def test_published_command_trains_and_its_best_checkpoint_evaluates_to_the_same_
     assert "chosen on the test set" in results
     printed = capsys.readouterr().out
     for which, record in (("best", best), ("last", records[1])):
-        values = "".join(f"{record[f'R@{k}']:{max(8, len(f'R@{k}') + 2)}.2f}" for k in ks)
-        assert f"\n{which}{values}  epoch {record['epoch']}\n" in printed
-    assert f"\n  {(folder / 'page.html').as_uri()}\n" in printed
+        values = "  ".join(f"R@{k} {record[f'R@{k}']:.2f}" for k in ks)
+        assert f"\n{which}: epoch {record['epoch']}  {values}\n" in printed
+    assert f"\n  to look at: {(folder / 'page.html').as_uri()}\n" in printed
 
     evaluate.main(["--resume", str(folder / f"{prefix}_best.pth"), "--json", "recalls.json"])
     recalls = {key: best[key] for key in best if key.startswith("R@")}
