@@ -6,6 +6,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grad_value_, get_total_norm
 
+from distributed import average_gradients, gather, share_batch_norm
 from losses import DDML, LOSSES, PROXY_LOSSES
 from net import create_model
 from utils import UserError, warn
@@ -91,17 +92,19 @@ def prepare_epoch(model, epoch, warm, bn_freeze):
 
 
 def train_step(model, criterion, optimizer, images, labels, noise=None):
-    """One step on the network's input; returns {each term, "loss", "gradient" (its largest entry):
-    detached scalar on the device}."""
-    output = model(images)
+    """One step on the network's input, of several processes each with its rows of the batch and all
+    of its noise; returns {each term, "loss", "gradient" (its largest entry): detached scalar on the
+    device}."""
+    output, labels = model(images), gather(labels)
     if model.disent:
-        loss, terms = criterion(*output, labels, noise)
+        loss, terms = criterion(*map(gather, output), labels, noise)
     else:
-        loss = criterion(output, labels)
+        loss = criterion(gather(output), labels)
         terms = {"metric": loss}
     optimizer.zero_grad()
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    average_gradients(parameters)
     largest = get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf)
     clip_grad_value_(parameters, CLIP_VALUE)
     optimizer.step()
@@ -124,5 +127,7 @@ class Training:
         self.model = create_model(
             args.model, args.embedding_size, args.disent, args.l2_norm, weights
         ).to(device)
+        if not args.bn_freeze:
+            share_batch_norm(self.model)
         self.criterion = build_criterion(args, num_classes).to(device)
         self.optimizer, self.scheduler = build_optimizer(args, self.model, self.criterion)

@@ -3,6 +3,7 @@
 The flags are the published script's; README.md has its three commands.
 """
 
+import contextlib
 import os
 import shlex
 import time
@@ -16,6 +17,7 @@ from dataset.cache import cache_in_memory
 from dataset.files import UnreadableImage
 from dataset.images import digest_of_names
 from dataset.loader import batches, test_loader, train_loader
+from distributed import first_alone, from_first, join, most, rank, world
 from evaluate import describe, evaluate
 from flags import (
     Parser,
@@ -32,14 +34,14 @@ from recipe import OPTIMIZERS, Training, loss_noise, prepare_epoch, settle_loss,
 from retrieval.page import results_page
 from retrieval.picture import draw_neighbours
 from retrieval.search import NEIGHBOURS, neighbours
-from runs.checkpoint import bytes_needed, capture, restore
+from runs.checkpoint import capture, restore
 from runs.curves import draw_curves
 from runs.report import announce, conclude, say_epoch
 from runs.results import Epoch, best_of, result_of, scores_of
-from runs.start import describe_process, open_run, warn_of_other_bits
-from runs.tracking import address_of, log_epoch, log_picture, track, wandb_mode
+from runs.start import open_run, recorded
+from runs.tracking import address_of, log_epoch, log_picture, wandb_mode
 from storage import write_atomically
-from utils import Interrupted, Stop, UserError, choose_device, progress, run, say, seed_of
+from utils import Interrupted, Stop, UserError, progress, run, say, seed_of
 
 STEP = 2  # a step's stream of random numbers, beside the sampler's and the augmentation's
 FETCH_SECONDS = 1  # between two looks at the losses, each of which waits for the device
@@ -114,10 +116,13 @@ def train_epoch(training, loader, epoch, after_step):
     epoch.clock = time.perf_counter()
     for pixels, labels, _ in steps:
         epoch.tick("data")
-        torch.manual_seed(seed_of(seed, STEP, epoch.number, epoch.step))  # for dropout, too
+        key = seed, STEP, epoch.number, epoch.step
+        torch.manual_seed(seed_of(*key))
         noise = None
         if model.disent:
-            noise = loss_noise((len(labels), model.embedding_size), device)
+            noise = loss_noise((training.args.batch_size, model.embedding_size), device)
+        if rank():
+            torch.manual_seed(seed_of(*key, rank()))  # for dropout: other images, other masks
         images = model.prepare(pixels)
         epoch.add(train_step(model, training.criterion, training.optimizer, images, labels, noise))
         after_step()
@@ -132,13 +137,14 @@ def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
 
     def save():
         epoch.fetch(files)
-        run_folder.save(capture(training, epoch.so_far()))
+        if run_folder:
+            run_folder.save(capture(training, epoch.so_far()))
 
     def after_step():
-        stop.check()
+        stop.check(most)
         if args.checkpoint_every and epoch.step % args.checkpoint_every == 0:
             save()
-        elif time.perf_counter() > epoch.fetched + FETCH_SECONDS:
+        elif most(time.perf_counter() > epoch.fetched + FETCH_SECONDS):
             epoch.fetch(files)
 
     prepare_epoch(training.model, epoch.number, args.warm, args.bn_freeze)
@@ -153,16 +159,20 @@ def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
     except (Interrupted, UnreadableImage) as error:
         if epoch.step:  # else there is nothing new to save
             save()
-        go_on = f"python train.py --resume {shlex.quote(str(run_folder.folder))}"
+        go_on = "continue with --resume"
+        if run_folder:
+            go_on = f"continue with: python train.py --resume {shlex.quote(str(run_folder.folder))}"
         if isinstance(error, Interrupted):
-            error.note = f"continue with: {go_on}"
+            error.note = go_on
             raise
-        raise UserError(f"{error}. What was trained is saved; with a good file in its place, "
-                        f"continue with: {go_on}") from error  # fmt: skip
+        raise type(error)(
+            f"{error}. What was trained is saved; with a good file in its place, {go_on}"
+        ) from error
     result = result_of(training, epoch, len(train_batches), scores, time.perf_counter() - started)
     training.history.append(result)
     training.scheduler.step()
-    run_folder.save_epoch(capture(training))
+    if run_folder:
+        run_folder.save_epoch(capture(training))
     return result, retrieved
 
 
@@ -178,6 +188,9 @@ def load_images(args):
             f"--batch-size {args.batch_size}: larger than the {len(train)} training images of "
             f"{name}, so that no batch would be complete; use {len(train)} or fewer"
         )
+    if args.batch_size % world():
+        raise UserError(f"--batch-size {args.batch_size}: not a multiple of the {world()} "
+                        "processes that share each batch")  # fmt: skip
     if args.IPC:
         classes, rest = divmod(args.batch_size, args.IPC)
         if rest or classes > len(train.classes):
@@ -214,26 +227,41 @@ def build_loading(training, train, test):
     return train_batches, test_scores
 
 
+def open_on_first(parser, args, given):
+    """open_run in the first process, which alone writes; RunFolder is None in the others."""
+    run_folder = None
+
+    def opened():
+        nonlocal run_folder
+        found, run_folder, checkpoint = open_run(parser, args, given)
+        return found, checkpoint
+
+    args, checkpoint = from_first(opened)
+    return args, run_folder, checkpoint
+
+
 def main(argv=None):
     parser = build_parser()
     args, given = given_flags(parser, argv)
     utils.quiet = args.quiet
-    args, run_folder, checkpoint = open_run(parser, args, given)
+    device = join(args.gpu_id)
+    args, run_folder, checkpoint = open_on_first(parser, args, given)
     done = len(checkpoint["history"]) if checkpoint else 0
     if done >= args.epochs:
-        print(f"{run_folder.folder} is finished: {done} of {args.epochs} epochs are done")
-        conclude(checkpoint["history"], run_folder)
+        if run_folder:
+            print(f"{run_folder.folder} is finished: {done} of {args.epochs} epochs are done")
+            conclude(checkpoint["history"], run_folder)
         return
     settle_loss(args)
     mode = wandb_mode(args.wandb)
-    device = choose_device(args.gpu_id)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(True, warn_only=True)
-    train, test = load_images(args)
-
-    weights = None if checkpoint else args.weights
-    training = Training(args, len(train.classes), device, weights, digest_of_names(train, test))
+    with first_alone():
+        train, test = load_images(args)
+        weights = None if checkpoint else args.weights
+        names = digest_of_names(train, test)
+        training = Training(args, len(train.classes), device, weights, names)
     training.model.num_features(args.image_size)  # ends here where the network cannot take it
     if args.cache == "ram":
         read_from_memory([images for images in (train, test) if images], args.workers)
@@ -242,29 +270,21 @@ def main(argv=None):
         restore(training, checkpoint, args.resume)
         epoch = Epoch(done, **(checkpoint["partial"] or {}))
     train_batches, test_scores = build_loading(training, train, test)
-    description = run_folder.claim(args, new=checkpoint is None)
-    run_folder.require_room(bytes_needed(training))
-    run_id, process = description.get("wandb_id"), describe_process(argv, device)
-    description = {**process, "flags": vars(args), "resumed": [], **description}
-    if checkpoint:
-        warn_of_other_bits(description, process)
-        description["resumed"].append(process)
-    counts = {split: {"images": len(images), "classes": len(images.classes)}
-              for split, images in (("train", train), ("test", test)) if images}  # fmt: skip
-    config = {**vars(args), **process, "data": counts}
-    following = track(args, mode, run_folder.folder, run_id, config, training.history)
-    announce(training, len(train_batches), process["device"], run_folder.folder)
+    following = contextlib.nullcontext()
+    if run_folder:
+        following = recorded(run_folder, training, argv, mode, train, test, checkpoint)
     with following as wandb_run:
-        description["wandb_id"] = wandb_run.id if wandb_run else run_id
-        run_folder.start(description, training.history if checkpoint else None)
+        announce(training, len(train_batches), run_folder)
         with Stop() as stop:
             retrieved = train_from(
                 epoch, training, train_batches, test_scores, run_folder, stop, wandb_run
             )
-        run_folder.previous.unlink(missing_ok=True)  # a finished run needs no second one
-        draw(run_folder, training.history, test, retrieved, wandb_run)
-    run_folder.file_lock.release()
-    conclude(training.history, run_folder, address_of(wandb_run))
+        if run_folder:
+            run_folder.previous.unlink(missing_ok=True)  # a finished run needs no second one
+            draw(run_folder, training.history, test, retrieved, wandb_run)
+    if run_folder:
+        run_folder.file_lock.release()
+        conclude(training.history, run_folder, address_of(wandb_run))
 
 
 def train_from(epoch, training, train_batches, test_scores, run_folder, stop, wandb_run):

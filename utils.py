@@ -5,6 +5,7 @@ import difflib
 import errno
 import io
 import os
+import platform
 import signal
 import sys
 import time
@@ -17,6 +18,8 @@ from tqdm import tqdm
 
 class UserError(Exception):
     """Something the user can mend; `run` prints it as one line and exits with status 2."""
+
+    of_one_process = False  # of several that share a run; the others do not meet it
 
 
 class Interrupted(Exception):
@@ -45,12 +48,16 @@ def run(main, name=None):
     try:
         sys.exit(main())
     except UserError as error:
+        if not first and not error.of_one_process:
+            sys.exit(2)  # the first process says it
         end(2, f"error: {' '.join(str(error).split())}")
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         end(2, f"error: the GPU's memory is full, use a smaller --batch-size or --image-size; the "
                f"last checkpoint is good ({reason})")  # fmt: skip
     except RuntimeError as error:
+        if "gloo" in str(error) or "NCCL" in str(error):
+            end(1, f"another process of this run has ended ({str(error).splitlines()[0]})")
         if not str(error).startswith("DataLoader worker"):  # raised wherever the process then is
             raise
         reason = str(error).splitlines()[0]
@@ -93,9 +100,11 @@ class Stop:
             os._exit(128 + number)
         self.signal = number
 
-    def check(self):
-        if self.signal is not None:
-            raise Interrupted(self.signal)
+    def check(self, agree=int):
+        """Raise Interrupted after a signal, or, with distributed.most, after one of any process."""
+        signal = agree(self.signal or 0)
+        if signal:
+            raise Interrupted(signal)
 
     def between(self, items):
         """`items`, with a look at the flag before each."""
@@ -105,16 +114,19 @@ class Stop:
 
 
 quiet = False  # --quiet: errors, warnings and results alone
+# of several processes the first one speaks, and whoever meets an error that the others do not
+first = os.environ.get("RANK", "0") == "0"
 
 
 def say(message):
     """What is good to know while a run is under way."""
-    if not quiet:
+    if first and not quiet:
         print(message, flush=True)
 
 
 def warn(message):
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    if first:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def plural(count, word):
@@ -132,7 +144,7 @@ def did_you_mean(word, known):
 def progress(iterable, total, label, images=None, note=str):
     """A tqdm bar on a terminal, of steps of `images` with `note()` at its end; elsewhere a plain
     line every half minute."""
-    if quiet:
+    if quiet or not first:
         yield from iterable
         return
     if sys.stderr.isatty():
@@ -161,8 +173,13 @@ def generator(*key):
     return torch.Generator().manual_seed(seed_of(*key))
 
 
+def device_name(device):
+    cuda = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})"
+
+
 def choose_device(gpu_id):
-    """`--gpu-id` -> torch.device. -1 asks for all GPUs, which is only possible with one so far."""
+    """`--gpu-id` -> torch.device; -1 is the only one."""
     count = torch.cuda.device_count()
     if count == 0 and gpu_id > 0:
         raise UserError(f"--gpu-id {gpu_id}: this machine has no CUDA device")
@@ -170,7 +187,10 @@ def choose_device(gpu_id):
         warn(f"--gpu-id {gpu_id}: no CUDA device here, running on the CPU")
         return torch.device("cpu")
     if gpu_id == -1 and count > 1:
-        raise UserError(f"--gpu-id -1: training on all {count} GPUs is not supported yet, name one")
+        raise UserError(
+            f"--gpu-id -1: torchrun has replaced DataParallel: for all {count} GPUs, "
+            f"torchrun --nproc-per-node {count} train.py ... with the same flags"
+        )
     if gpu_id >= count:
         raise UserError(f"--gpu-id {gpu_id}: this machine has GPUs 0 to {count - 1}")
     device = torch.device("cuda", max(gpu_id, 0))

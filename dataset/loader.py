@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from dataset.augment import crop_and_flip, draw, resize_and_crop
 from dataset.files import UnreadableImage
 from dataset.sampler import EpochBatches
+from distributed import rank, world
 from utils import UserError, progress
 
 # The number of workers is the user's choice, and the published default is 4.
@@ -74,9 +75,10 @@ def augmented(images, size, seed, interpolation, key):
 
 
 def test_loader(images, size, batch_size, workers, device, interpolation="bilinear"):
-    """Every image once, in order."""
+    """Every image once, in order; of several processes each has every W-th."""
     work = Work(partial(centred, images, size, interpolation), len(images))
-    return make_loader(work, workers, device, batch_size=batch_size)
+    mine = range(rank(), len(images), world())
+    return make_loader(work, workers, device, batch_size=batch_size, sampler=mine)
 
 
 def centred(images, size, interpolation, index):

@@ -5,6 +5,7 @@ from collections import Counter
 import torch
 from torch.utils.data import Sampler
 
+from distributed import part
 from utils import generator
 
 ORDER = 0  # its stream of random numbers, beside the augmentation's and the loss's
@@ -35,6 +36,10 @@ class EpochBatches(Sampler):
         return len(self.paths) // self.batch_size
 
     def __iter__(self):
+        """Of several processes, each one's rows of the batches."""
+        return map(part, self.whole_batches())
+
+    def whole_batches(self):
         order = self.balanced_order() if self.images_per_class else self.shuffled_order()
         seen = Counter()
         keys = []
@@ -47,7 +52,7 @@ class EpochBatches(Sampler):
     def files(self, epoch, step):
         """Paths of the images of one batch."""
         self.set_epoch(epoch, step)
-        return [self.paths[index] for _, index, _ in next(iter(self))]
+        return [self.paths[index] for _, index, _ in next(self.whole_batches())]
 
     def shuffled_order(self):
         return torch.randperm(

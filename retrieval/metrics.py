@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from distributed import all_reduced, turns
 from utils import plural, warn
 
 
@@ -22,7 +23,8 @@ def hits_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_s
     gallery [M, d], [M] likewise, by default the queries themselves, each of them excluded from
     its own results by index. Exact: a similarity that float32 cannot tell from the best match's
     is computed again in float64, and one that is equal there counts as ahead of it. A query
-    without a match counts as a miss and is reported. Similarities exist in tiles of chunk_size^2.
+    without a match counts as a miss and is reported. Similarities exist in tiles of chunk_size^2,
+    at which several processes, each with all embeddings, take turns.
     """
     itself = gallery is None
     _check(embeddings, labels, gallery, gallery_labels)
@@ -123,7 +125,7 @@ def _best_match(query, gallery, itself, size):
     """[N] similarity of each query's best match; -inf where it has none."""
     (x, labels), (y, gallery_labels) = query, gallery
     best = torch.full((len(x),), -math.inf, device=x.device)
-    for rows in _slices(0, len(best), size):
+    for rows in turns(_slices(0, len(best), size)):
         for columns in _slices(*_columns(labels[rows], gallery_labels), size):
             similarity = x[rows].float() @ y[columns].float().T
             match = labels[rows, None] == gallery_labels[columns]
@@ -131,7 +133,7 @@ def _best_match(query, gallery, itself, size):
                 match.diagonal(rows.start - columns.start).fill_(False)
             found = similarity.masked_fill_(~match, -math.inf).amax(dim=1)
             best[rows] = torch.maximum(best[rows], found)
-    return best
+    return all_reduced(best, "max")
 
 
 def _count_ahead(query, gallery, itself, best, slack, size):
@@ -143,7 +145,7 @@ def _count_ahead(query, gallery, itself, best, slack, size):
     bounds = (best.double() + slack).float(), (best.double() - slack).float()
     counts = torch.zeros(2, len(x), device=x.device, dtype=torch.float64)
     flags = torch.empty(size * size, device=x.device)
-    for rows in _slices(0, len(x), size):
+    for rows in turns(_slices(0, len(x), size)):
         low, high = _columns(labels[rows], gallery_labels)
         for columns in _slices(rows.start if itself else 0, len(y), size):
             similarity = x[rows].float() @ y[columns].float().T
@@ -156,7 +158,7 @@ def _count_ahead(query, gallery, itself, best, slack, size):
                 count[rows] += torch.ge(similarity, bound[rows, None], out=ahead).sum(dim=1)
                 if itself and columns.start > rows.start:
                     count[columns] += torch.ge(similarity, bound[columns], out=ahead).sum(dim=0)
-    return counts.long()
+    return all_reduced(counts).long()
 
 
 def _count_exactly(query, gallery, itself, rows, slack):

@@ -4,11 +4,12 @@ import shlex
 
 from tqdm import tqdm
 
+from distributed import world
 from runs.results import best_of, scores_of
-from utils import plural, say
+from utils import device_name, plural, say
 
 
-def announce(training, steps, device_name, folder):
+def announce(training, steps, run_folder):
     """The network by group of parameters, the work, and where it is kept."""
     args, sizes = training.args, []
     for name, group in zip(("backbone", "heads", "proxies"), training.optimizer.param_groups):
@@ -16,8 +17,10 @@ def announce(training, steps, device_name, folder):
     loss = f"{args.loss}{' with DDML' if args.disent else ''}"
     epochs = plural(args.epochs - len(training.history), "epoch")
     say(f"{args.model}, {loss}; million parameters: {', '.join(sizes)}")
-    say(f"{device_name}, float32: {epochs} of {plural(steps, 'step')} of {args.batch_size} images")
-    say(f"run folder: {folder}")
+    place = device_name(training.device) + (f", {world()} processes" if world() > 1 else "")
+    say(f"{place}, float32: {epochs} of {plural(steps, 'step')} of {args.batch_size} images")
+    if run_folder:
+        say(f"run folder: {run_folder.folder}")
 
 
 def say_epoch(result, epochs):

@@ -1,5 +1,6 @@
 """Where a run is written, what it is continued from, and what it takes to state it again."""
 
+import contextlib
 import json
 import os
 import platform
@@ -12,17 +13,20 @@ from pathlib import Path
 
 import torch
 
+from distributed import restarted, world
 from flags import VERSION
 from runs.checkpoint import (
     PARTS,
+    bytes_needed,
     flags_to_continue_with,
     progress_of,
     require_parts,
 )
 from runs.folder import RunFolder, checkpoint_in
 from runs.naming import deciding, difference, file_prefix, run_folder_path, settings
+from runs.tracking import track
 from storage import read_checkpoint
-from utils import UserError, say, warn
+from utils import UserError, device_name, say, warn
 
 KINDS = ("_last.pth", "_previous.pth", "_best.pth")
 
@@ -30,6 +34,8 @@ KINDS = ("_last.pth", "_previous.pth", "_best.pth")
 def open_run(parser, args, given):
     """(flags, RunFolder, checkpoint or None): where to write, and what to continue from."""
     folder = run_folder_path(args, parser)
+    if restarted() and args.resume is None and stored_flags(folder):
+        args.resume = ""  # what the processes before these have begun
     if len(os.fsencode(folder.name)) > 255:
         raise UserError(
             f"{folder.name}: too long for a folder's name; shorten --remark, or what the paths of "
@@ -125,10 +131,29 @@ def continued_run(parser, args, given, asked):
     return args, run_folder, checkpoint
 
 
+@contextlib.contextmanager
+def recorded(run_folder, training, argv, mode, train, test, checkpoint):
+    """In a `with`, the run's folder and its wandb run, which it gives, None without wandb."""
+    args = training.args
+    description = run_folder.claim(args, new=checkpoint is None)
+    run_folder.require_room(bytes_needed(training))
+    run_id, process = description.get("wandb_id"), describe_process(argv, training.device)
+    description = {**process, "flags": vars(args), "resumed": [], **description}
+    if checkpoint:
+        warn_of_other_bits(description, process)
+        description["resumed"].append(process)
+    counts = {split: {"images": len(images), "classes": len(images.classes)}
+              for split, images in (("train", train), ("test", test)) if images}  # fmt: skip
+    config = {**vars(args), **process, "data": counts}
+    with track(args, mode, run_folder.folder, run_id, config, training.history) as wandb_run:
+        description["wandb_id"] = wandb_run.id if wandb_run else run_id
+        run_folder.start(description, training.history if checkpoint else None)
+        yield wandb_run
+
+
 def describe_process(argv, device):
     """What it takes to state this run again: the command, the versions, the machine."""
     argv = sys.argv[1:] if argv is None else argv
-    cuda = device.type == "cuda"
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
     return {
@@ -143,14 +168,15 @@ def describe_process(argv, device):
                 for name in ("torchvision", "timm", "pytorch-metric-learning", "numpy", "pillow")
             },
         },
-        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})",
+        "device": device_name(device),
+        "processes": world(),
         "threads": torch.get_num_threads(),
     }
 
 
 def warn_of_other_bits(description, process):
     """Where a run is continued by other means than it was started with: args.json's, and now."""
-    for what in ("versions", "device", "threads"):
+    for what in ("versions", "device", "threads", "processes"):
         if description.get(what) != process[what]:
             warn(
                 f"this run was started with {what} {description.get(what)} and continues with "

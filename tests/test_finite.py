@@ -72,17 +72,15 @@ def test_the_line_names_epoch_step_number_and_files(folder, capsys, monkeypatch,
     assert weights(folder) == before and len(metrics(folder)) == 1
 
 
-@pytest.mark.parametrize("flags, look_every, made", [
-    ("",                     4, 4),   # at the next look at the losses
-    ("",                    50, 10),  # at the end of the epoch
-    ("--checkpoint-every 3", 4, 3),   # before a checkpoint
+@pytest.mark.parametrize("flags, seconds, made", [
+    ("",                     0,   2),   # at the next look at the losses
+    ("",                     1e9, 10),  # at the end of the epoch
+    ("--checkpoint-every 3", 1e9, 3),   # before a checkpoint
 ])  # fmt: skip
-def test_the_run_stops_at_the_next_look_or_save(
-    folder, capsys, monkeypatch, flags, look_every, made
-):
-    assert train.FETCH_EVERY <= 50
+def test_the_run_stops_at_the_next_look_or_save(folder, capsys, monkeypatch, flags, seconds, made):
+    assert train.FETCH_SECONDS <= 1
     before = weights(folder)
-    monkeypatch.setattr(train, "FETCH_EVERY", look_every)
+    monkeypatch.setattr(train, "FETCH_SECONDS", seconds)
     steps = spoil(monkeypatch, 1)
     assert "epoch 1, step 1: the loss" in fails(TEN_STEPS + f"--resume {flags}", capsys)
     assert len(steps) == made and weights(folder) == before

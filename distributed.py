@@ -1,0 +1,178 @@
+"""The processes of one run, as torchrun starts them. Without torchrun there is one, and all of this
+does nothing.
+
+A step of W processes is a step of one: each takes its rows of the batch through the network, the
+heads of all are gathered in order of rank, every process computes the loss of the whole batch, and
+gradients are averaged before they are clipped.
+"""
+
+import atexit
+import contextlib
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from utils import UserError, choose_device
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def join(gpu_id):
+    """The device of this process, which joins those that torchrun has started with it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return choose_device(gpu_id)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = choose_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
+    return device
+
+
+def restarted():
+    """Whether torchrun has started this process anew, after one of the former ones had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def from_first(function):
+    """What `function()` returns in the process of rank 0, in all of them. If it fails there, the
+    others end without a word."""
+    if world() == 1:
+        return function()
+    outcome = [None]
+    try:
+        if rank() == 0:
+            outcome = [(function(),)]
+    finally:
+        dist.broadcast_object_list(outcome)
+    if outcome[0] is None:
+        sys.exit(2)
+    return outcome[0][0]
+
+
+@contextlib.contextmanager
+def first_alone():
+    """In a `with`, rank 0 goes first: what it downloads or draws, the others find."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and world() > 1:
+        dist.barrier()
+
+
+def most(value):
+    """The greatest `value`, a whole number, of all processes: by which they decide alike."""
+    if world() == 1:
+        return value
+    values = torch.tensor(int(value))
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return int(values)
+
+
+def part(items):
+    """This process's share of a batch: rows in order of rank."""
+    size = len(items) // world()
+    return items[rank() * size :][:size]
+
+
+def turns(items):
+    """Every W-th of the items, for work that is to be added up."""
+    return items[rank() :: world()]
+
+
+class Gather(torch.autograd.Function):
+    """[B / W, ...] -> [B, ...] in order of rank. A row's gradient is complete in its own process;
+    times W, as gradients are averaged afterwards."""
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = [torch.empty_like(x) for _ in range(world())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return part(gradient) * world()
+
+
+def gather(x):
+    return Gather.apply(x) if world() > 1 else x
+
+
+def interleave(x, count):
+    """[count, ...] of all processes' x, of which this one's holds the rows rank, rank + W, ..."""
+    if world() == 1:
+        return x
+    rows = -(-count // world())
+    x = torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
+    return gather(x).view(world(), rows, *x.shape[1:]).transpose(0, 1).flatten(0, 1)[:count]
+
+
+def all_reduced(x, op="sum"):
+    """x, reduced in place over all processes."""
+    if world() > 1:
+        dist.all_reduce(x, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+    return x
+
+
+def average_gradients(parameters):
+    """In one call; a parameter that has no gradient has none in any process."""
+    if world() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = all_reduced(torch.cat([gradient.flatten() for gradient in gradients])) / world()
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, average in zip(gradients, flat.split(sizes)):
+        gradient.copy_(average.view_as(gradient))
+
+
+class Sum(torch.autograd.Function):
+    """The sum of all processes' x; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return all_reduced(x.clone())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return all_reduced(gradient.clone())
+
+
+class SharedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the maps [B, C, H, W] of all processes (torch's SyncBatchNorm needs CUDA)."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        count = x.numel() // x.shape[1] * world()
+        mean = Sum.apply(x.sum(dim=(0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = Sum.apply(centred.square().sum(dim=(0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def share_batch_norm(model):
+    """Where BatchNorm is trained (--bn-freeze 0), over all processes."""
+    if world() == 1:
+        return
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SharedBatchNorm  # its parameters, buffers and names stay
+        elif isinstance(module, _BatchNorm):
+            raise UserError(f"--bn-freeze 0: {type(module).__name__} layers cannot be trained in "
+                            "several processes")  # fmt: skip
