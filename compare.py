@@ -13,10 +13,13 @@ import dataset
 from flags import Parser, flag_of
 from runs.checkpoint import FREE_ON_RESUME
 from runs.results import best_of, scores_of
-from storage import require_writable, write_atomically
+from storage import require_format, require_writable, write_atomically
 from utils import UserError, plural, run
 
 ASIDE = FREE_ON_RESUME | {"seed", "remark", "deterministic"}  # what does not make a setting
+FILES = ("args.json", "metrics.jsonl", "*_last.pth")  # any of which a run leaves
+
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, UserError)
 
 
 def build_parser():
@@ -33,41 +36,46 @@ def build_parser():
 
 
 def read_runs(folders):
-    """([finished run], [line about a run that is not])."""
-    finished, others = [], []
+    """({(setting, seed): history} of finished runs, [line about a run that is not])."""
+    finished, others = {}, []
     for folder in folders:
         if not Path(folder).is_dir():
             raise UserError(f"{folder}: no such folder")
-        for file in sorted(Path(folder).rglob("args.json")):
+        found = {file.parent for name in FILES for file in Path(folder).rglob(name)}
+        for path in sorted(found):
             try:
-                flags = json.loads(file.read_text())["flags"]
-                lines = (file.parent / "metrics.jsonl").read_text().splitlines()
+                flags = json.loads((path / "args.json").read_text())["flags"]
+                lines = (path / "metrics.jsonl").read_text().splitlines()
                 history = [json.loads(line) for line in lines]
-                key = setting_of(flags)
+                key = setting_of(flags | {"epochs": len(history)}), flags["seed"]
                 if len(history) < flags["epochs"]:
-                    others.append(f"{file.parent}: {len(history)} of {flags['epochs']} epochs")
+                    others.append(f"{path}: {len(history)} of {flags['epochs']} epochs")
                 elif not scores_of(history[-1]):
-                    others.append(f"{file.parent}: trained on all classes, not tested")
+                    others.append(f"{path}: trained on all classes, not tested")
+                elif key in finished:
+                    others.append(f"{path}: of the setting and seed of a run before it")
                 else:
-                    finished.append((key, flags["seed"], history))
-            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-                others.append(f"{file.parent}: damaged ({' '.join(str(error).split())})")
+                    finished[key] = history
+            except DAMAGE as error:
+                others.append(f"{path}: damaged ({' '.join(str(error).split())})")
     return finished, others
 
 
 def setting_of(flags):
     """What a run was of, but for its seed; the weights of terms that are not there are 0."""
-    setting = {name: value for name, value in flags.items() if name not in ASIDE}
+    own = getattr(dataset.module_of(flags["dataset"]), "OWN", None)  # says which images
+    kept = flags.keys() - ASIDE | {own, "epochs"}
+    setting = {name: value for name, value in flags.items() if name in kept}
     if not flags["disent"]:
         setting |= {"al": 0.0, "be": 0.0, "gam": 0.0}
     return json.dumps(setting, sort_keys=True)
 
 
 def gather(runs):
-    """{setting: {seed: {"last R@K", "best R@K": per cent}}}; of equal seeds the last one read."""
+    """{setting: {seed: {"last R@K", "best R@K": per cent}}}."""
     settings = {}
-    for setting, seed, history in runs:
-        numbers = {"epochs": len(history)}
+    for (setting, seed), history in runs.items():
+        numbers = {}
         for which, result in (("last", history[-1]), ("best", best_of(history))):
             numbers |= {f"{which} {name}": value for name, value in scores_of(result).items()}
         settings.setdefault(setting, {})[seed] = numbers
@@ -82,7 +90,8 @@ def with_spread(values):
 def table_of(settings, baseline):
     """Rows {column: text}: those of a data set side by side, below them the paper's."""
     flags = {setting: json.loads(setting) for setting in settings}
-    names = sorted({name for chosen in flags.values() for name in chosen} - {"dataset", "loss"})
+    have_columns = {"dataset", "loss", "epochs"}
+    names = sorted({name for chosen in flags.values() for name in chosen} - have_columns)
     differing = [
         name for name in names
         if len({json.dumps(chosen.get(name)) for chosen in flags.values()}) > 1
@@ -97,8 +106,8 @@ def table_of(settings, baseline):
             numbers = list(settings[setting].values())
             row = {"data set": title, "loss": chosen["loss"]}
             row |= {flag_of(name): str(chosen.get(name)) for name in differing}
-            row["epochs"] = "/".join(sorted({str(each["epochs"]) for each in numbers}))
-            for column in [column for column in numbers[0] if column != "epochs"]:
+            row["epochs"] = str(chosen["epochs"])
+            for column in numbers[0]:
                 row[column] = with_spread([each[column] for each in numbers if column in each])
             if paper and chosen["disent"] and chosen["loss"] == "Proxy_Anchor":
                 ours = mean(each["best R@1"] for each in numbers)
@@ -193,13 +202,14 @@ def as_png(settings):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     require_writable(args, "csv", "markdown", "plot")
+    require_format(args, plot={".png": ()})
     runs, others = read_runs(args.logs)
     settings = gather(runs)
-    baseline = args.baseline and tuple(args.baseline.lstrip("-").replace("-", "_").split("=", 1))
+    name, _, value = (args.baseline or "").partition("=")
+    baseline = value and (name.lstrip("-").replace("-", "_"), value)
     flags = [json.loads(setting) for setting in settings]
-    if baseline and not (len(baseline) == 2 and any(
-        is_value(chosen.get(baseline[0]), baseline[1]) for chosen in flags
-    )):  # fmt: skip
+    has_it = baseline and any(is_value(chosen.get(baseline[0]), value) for chosen in flags)
+    if args.baseline and not has_it:
         raise UserError(f"--baseline {args.baseline}: no finished run has it; FLAG=VALUE, as in "
                         "disent=False")  # fmt: skip
     picture = args.plot and settings and as_png(settings)

@@ -97,7 +97,8 @@ def resolve_flags(parser, argv):
     kept = vars(args).keys() - {*OUTPUTS, "checkpoint", "resume", "gpu_id", "workers", "remark"}
     if theirs.get("train_on") == "all" and not {"dataset", "data_root"} & given.keys():
         raise UserError(f"{path}: trained on all classes of {theirs['dataset']}, so that none are "
-                        "left to test it on; name another data set with --dataset")  # fmt: skip
+                        "left to test it on; name another data set with --dataset, or, for its "
+                        "exports, its own with --data-root")  # fmt: skip
     if given.get("dataset", theirs.get("dataset")) != theirs.get("dataset"):
         kept -= {"ks", "data_root"}
     stored = {flag: value for flag, value in theirs.items() if flag in kept}
@@ -160,6 +161,7 @@ def main(argv=None):
         metrics = {"this evaluation": found}
         page = results_page(args.checkpoint, about, metrics, images, hits, near, curves)
         write_atomically(Path(args.page).resolve(), page)
+        print(f"{args.page}: to look at in a browser")
     if args.json:
         write_json(Path(args.json).resolve(), {
             **found, "dataset": args.dataset, "data_root": args.data_root, "split": "test",

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import dataset
 from dataset import table
 from dataset.augment import resize_and_crop
 from dataset.files import SUFFIXES, is_leftover, read_image
@@ -21,6 +20,7 @@ from runs.folder import checkpoint_in
 from storage import (
     read_checkpoint,
     replacing,
+    require_format,
     require_writable,
     write_atomically,
     write_json,
@@ -50,7 +50,7 @@ def build_parser():
 def files_of(gallery):
     """The paths of a gallery's images: a list's, or a folder's, those in folders of it too."""
     if str(gallery).lower().endswith(table.SUFFIXES):
-        splits = dataset.read(str(gallery), None)
+        splits = table.read(gallery, all_there=False)
         return [path for items in splits.values() for path, _ in items]
     if not os.path.isdir(gallery):
         raise UserError(f"--gallery {gallery}: no such folder, list or index")
@@ -107,7 +107,7 @@ def open_index(path, checkpoint):
 def gallery_of(args, checkpoint, embed):
     """(paths, embeddings [M, d]) of the gallery; what an index holds is not embedded again."""
     file, source, index = args.save_index, os.path.abspath(args.gallery), None
-    if source.endswith(".npz"):
+    if source.lower().endswith(".npz"):
         file = file or source
         index = open_index(source, checkpoint)
         source = str(index["source"])
@@ -117,7 +117,8 @@ def gallery_of(args, checkpoint, embed):
     if index:
         keys = zip(index["paths"].tolist(), map(tuple, index["stamps"].tolist()))
         known = {key: row for row, key in enumerate(keys)}
-    keys = [(path, stamp_of(path)) for path in files_of(source)]
+    listed = [(path, stamp_of(path)) for path in files_of(source)]
+    keys = [(path, stamp) for path, stamp in listed if stamp]
     new = [key for key in keys if key not in known]
     embedded, kept = embed([path for path, _ in new])
     fresh = {new[i]: row for row, i in enumerate(kept)}
@@ -126,7 +127,7 @@ def gallery_of(args, checkpoint, embed):
         raise UserError(f"--gallery {args.gallery}: no image in it can be read")
     paths = [path for path, _ in keys]
     print(f"gallery: {plural(len(paths), 'image')}, {len(kept):,} of them embedded now; "
-          f"{len(new) - len(kept):,} skipped")  # fmt: skip
+          f"{len(listed) - len(paths):,} skipped")  # fmt: skip
     if keys == [*known]:
         embeddings = torch.from_numpy(index["embeddings"])
     else:
@@ -143,14 +144,19 @@ def gallery_of(args, checkpoint, embed):
 
 
 def stamp_of(path):
-    """By which a changed file is known."""
-    status = os.stat(path)
+    """By which a changed file is known; None of one that is not there."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        warn(f"skipped {path}: {error.strerror}")
+        return None
     return status.st_size, status.st_mtime_ns
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
     require_writable(args, "json", "page", "save_index")
+    require_format(args, save_index={".npz": ()})
     device = choose_device(args.gpu_id)
     path = checkpoint_in(args.resume, ("best", "last", "previous"))
     model = load_model(path).to(device)
@@ -180,6 +186,7 @@ def main(argv=None):
         write_json(Path(args.json).resolve(), results)
     if args.page:
         write_atomically(Path(args.page).resolve(), search_page(results))
+        print(f"{args.page}: to look at in a browser")
 
 
 if __name__ == "__main__":

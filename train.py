@@ -228,16 +228,18 @@ def build_loading(training, train, test):
 
 
 def open_on_first(parser, args, given):
-    """open_run in the first process, which alone writes; RunFolder is None in the others."""
+    """open_run in the first process, which alone writes; RunFolder is None in the others. And
+    whether the run is complete."""
     run_folder = None
 
     def opened():
         nonlocal run_folder
         found, run_folder, checkpoint = open_run(parser, args, given)
-        return found, checkpoint
+        history = checkpoint["history"] if checkpoint else []
+        return found, checkpoint, run_folder.is_complete(history, found.epochs)
 
-    args, checkpoint = from_first(opened)
-    return args, run_folder, checkpoint
+    args, checkpoint, complete = from_first(opened)
+    return args, run_folder, checkpoint, complete
 
 
 def main(argv=None):
@@ -245,9 +247,9 @@ def main(argv=None):
     args, given = given_flags(parser, argv)
     utils.quiet = args.quiet
     device = join(args.gpu_id)
-    args, run_folder, checkpoint = open_on_first(parser, args, given)
+    args, run_folder, checkpoint, complete = open_on_first(parser, args, given)
     done = len(checkpoint["history"]) if checkpoint else 0
-    if done >= args.epochs:
+    if complete:
         if run_folder:
             print(f"{run_folder.folder} is finished: {done} of {args.epochs} epochs are done")
             conclude(checkpoint["history"], run_folder)
@@ -279,6 +281,8 @@ def main(argv=None):
             retrieved = train_from(
                 epoch, training, train_batches, test_scores, run_folder, stop, wandb_run
             )
+            if test and not retrieved:  # all was trained before; what is left is to draw
+                _, *retrieved = test_scores(watch=stop.between)
         if run_folder:
             run_folder.previous.unlink(missing_ok=True)  # a finished run needs no second one
             draw(run_folder, training.history, test, retrieved, wandb_run)
@@ -289,7 +293,7 @@ def main(argv=None):
 
 def train_from(epoch, training, train_batches, test_scores, run_folder, stop, wandb_run):
     """The epochs that are left; the last one's embeddings and hits of the test images."""
-    epochs = training.args.epochs
+    epochs, retrieved = training.args.epochs, None
     while epoch.number < epochs:
         result, retrieved = run_epoch(
             training, train_batches, test_scores, epoch, run_folder, stop
@@ -304,9 +308,12 @@ def train_from(epoch, training, train_batches, test_scores, run_folder, stop, wa
 def draw(run_folder, history, test, retrieved, wandb_run):
     """The finished run's pictures: its curves, and what its last epoch's network retrieves."""
     curves = draw_curves(history)
+    if test:
+        draw_page(run_folder, history, curves, test, retrieved, wandb_run)
     write_atomically(run_folder.curves, curves)
-    if not test:
-        return
+
+
+def draw_page(run_folder, history, curves, test, retrieved, wandb_run):
     last, best = history[-1], best_of(history)
     metrics = {
         f"last epoch, {last['epoch']}": scores_of(last),

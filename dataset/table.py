@@ -13,7 +13,7 @@ OWN = "dataset"  # the flag that says which images
 SPLITS = ({"train", "test"}, {"train", "query", "gallery"})
 
 
-def read(file):
+def read(file, all_there=True):
     """Paths are relative to the file. Without a split, the first half of the labels trains."""
     file = Path(file)
     try:
@@ -21,18 +21,23 @@ def read(file):
         with open(file, encoding="utf-8-sig", newline="") as text:
             rows = csv.DictReader(text, delimiter="\t" if file.suffix.lower() == ".tsv" else ",",
                                   strict=True)  # fmt: skip
-            splits = parse(file, rows)
+            splits, line_of = parse(file, rows)
     except FileNotFoundError:
         raise UserError(f"--dataset {file}: no such file") from None
     except (OSError, ValueError) as error:
         raise UserError(
             f"{file}: not a list that can be read; save it as text in UTF-8 ({error})"
         ) from error
+    _, missing = on_disk([item for items in splits.values() for item in items])
+    if missing and all_there:
+        such_as = ", ".join(f"line {line_of[path]} {path}" for path in missing[:5])
+        raise UserError(f"{file}: {plural(len(missing), 'listed file')} not there: {such_as}; "
+                        "correct the path, or delete the line")  # fmt: skip
     return halves(splits[""], file) if "" in splits else splits
 
 
 def parse(file, rows):
-    """{split: [(path, label)]}; the split is "" where the list has no such column."""
+    """{split: [(path, label)]}, the split "" where there is no such column, and {path: line}."""
     splits, line_of = {}, {}
 
     def refuse(reason):
@@ -68,12 +73,7 @@ def parse(file, rows):
     if "" not in splits and not any(splits.keys() <= allowed for allowed in SPLITS):
         raise UserError(f"{file}: has the splits {', '.join(splits)}; use train and test, or "
                         "train, query and gallery")  # fmt: skip
-    _, missing = on_disk([item for items in splits.values() for item in items])
-    if missing:
-        such_as = ", ".join(f"line {line_of[path]} {path}" for path in missing[:5])
-        raise UserError(f"{file}: {plural(len(missing), 'listed file')} not there: {such_as}; "
-                        "correct the path, or delete the line")  # fmt: skip
-    return splits
+    return splits, line_of
 
 
 def inside(folder, path):

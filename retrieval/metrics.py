@@ -5,7 +5,7 @@ import math
 import torch
 
 from distributed import all_reduced, turns
-from utils import plural, warn
+from utils import plural, progress, warn
 
 
 def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_size=1024):
@@ -66,7 +66,8 @@ def precision_at_r(embeddings, labels, gallery=None, gallery_labels=None, memory
     y = gallery.double()
     longest = torch.linalg.vector_norm(y, dim=1).max()
     sums = torch.zeros(2, dtype=torch.float64, device=y.device)
-    for rows in torch.arange(len(labels)).split(max(1, memory // (8 * len(y)))):
+    chunks = torch.arange(len(labels)).split(max(1, memory // (8 * len(y))))
+    for rows in progress(chunks, len(chunks), "MAP@R"):
         x = embeddings[rows].double()
         similarity, match = x @ y.T, labels[rows, None] == gallery_labels
         if itself:
@@ -145,7 +146,8 @@ def _count_ahead(query, gallery, itself, best, slack, size):
     bounds = (best.double() + slack).float(), (best.double() - slack).float()
     counts = torch.zeros(2, len(x), device=x.device, dtype=torch.float64)
     flags = torch.empty(size * size, device=x.device)
-    for rows in turns(_slices(0, len(x), size)):
+    tiles = turns(_slices(0, len(x), size))
+    for rows in progress(tiles, len(tiles), "recall"):
         low, high = _columns(labels[rows], gallery_labels)
         for columns in _slices(rows.start if itself else 0, len(y), size):
             similarity = x[rows].float() @ y[columns].float().T

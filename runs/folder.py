@@ -38,6 +38,10 @@ class RunFolder:
         """Whether there is something to lose: a run that saved nothing may be started again."""
         return any(path.exists() for path in (self.best, self.last, self.previous, self.results))
 
+    def is_complete(self, history, epochs):
+        """Whether there is nothing left to train, to draw or to log."""
+        return len(history) >= epochs and self.curves.exists()  # which is written last
+
     def lock(self):
         """Keep other processes out for as long as this one lives, however it ends."""
         try:
@@ -72,6 +76,8 @@ class RunFolder:
         if history is None and self.in_use():
             for file in filter(Path.exists, self.files):
                 put_aside(file, REPLACED)
+        for picture in (self.page, self.curves):  # of an end that is not one any more
+            picture.unlink(missing_ok=True)
         write_json(self.args, description)
         self.write_results(history or [])
 
@@ -131,10 +137,13 @@ def put_aside(file, suffix):
 
 
 def checkpoint_in(path, kinds):
-    """The path itself, or, of a run folder, that of its first checkpoint of these kinds."""
+    """The path itself; of a run folder, that of its first checkpoint of these kinds; of a folder of
+    run folders, the newest one's."""
     if not os.path.isdir(path):
         return path
-    for kind in kinds:
-        for found in filter(Path.is_file, Path(path).glob(f"*_{kind}.pth")):
-            return str(found)
+    for pattern in (f"{below}*_{kind}.pth" for below in ("", "*/") for kind in kinds):
+        found = filter(Path.is_file, Path(path).glob(pattern))
+        newest = max(found, key=lambda file: file.stat().st_mtime, default=None)
+        if newest:
+            return str(newest)
     raise UserError(f"{path}: a folder without a run's checkpoints")

@@ -13,7 +13,7 @@ def announce(training, steps, run_folder):
     """The network by group of parameters, the work, and where it is kept."""
     args, sizes = training.args, []
     for name, group in zip(("backbone", "heads", "proxies"), training.optimizer.param_groups):
-        sizes.append(f"{name} {sum(p.numel() for p in group['params']) / 1e6:.2f}")
+        sizes.append(f"{name} {sum(p.numel() for p in group['params']) / 1e6:.3g}")
     loss = f"{args.loss}{' with DDML' if args.disent else ''}"
     epochs = plural(args.epochs - len(training.history), "epoch")
     say(f"{args.model}, {loss}; million parameters: {', '.join(sizes)}")

@@ -5,6 +5,8 @@ import io
 import netrc
 import os
 import re
+import warnings
+from functools import partial
 from urllib.parse import urlparse
 
 from PIL import Image
@@ -88,17 +90,18 @@ def start_wandb(args, mode, folder, run_id, config):
         "tags": [args.loss, "DDML" if args.disent else "plain", args.model],
         "dir": str(folder), "config": config,
     }  # fmt: skip
+    start = partial(
+        wandb.init, id=run_id, resume="allow" if run_id else None,
+        settings=wandb.Settings(init_timeout=30, silent=True), **settings,
+    )  # fmt: skip
     try:
-        return wandb.init(
-            mode=mode, id=run_id, resume="allow" if run_id else None,
-            settings=wandb.Settings(init_timeout=30, silent=True), **settings,
-        )  # fmt: skip
+        return start(mode=mode)
     except wandb.errors.Error as error:
         if args.wandb == "online":
             raise UserError(f"--wandb online: {error}; use --wandb offline") from error
         warn(f"wandb cannot be reached, logging offline ({' '.join(str(error).split())})")
         wandb.teardown()  # the failed attempt still holds its run
-        return wandb.init(mode="offline", **settings)
+        return start(mode="offline")
 
 
 def log_epoch(run, history, **more):
@@ -119,7 +122,9 @@ def log_picture(run, figure):
     import wandb
 
     picture = io.BytesIO()
-    figure.savefig(picture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that matplotlib's font lacks
+        figure.savefig(picture)
     run.log({"retrieval": wandb.Image(Image.open(picture))}, step=run.step)
 
 
@@ -127,4 +132,4 @@ def address_of(run):
     """Where a run is seen, or the command that sends an offline one there; None without wandb."""
     if run is None:
         return None
-    return run.url or f"wandb sync {run.settings.sync_dir}"
+    return f"wandb sync {run.settings.sync_dir}" if run.offline else run.url

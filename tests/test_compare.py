@@ -3,6 +3,7 @@
 import csv
 import json
 import shlex
+from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 import compare
 import train
-from tests.conftest import TINY, fails, make_cub, metrics
+from tests.conftest import TINY, fails, make_cub, make_folder, metrics
 
 
 @pytest.fixture
@@ -85,3 +86,30 @@ def test_a_bad_comparison_ends_in_one_line(here, capsys, flags, line):
 def test_without_a_finished_run_it_says_so(here, capsys):
     compare.main(["."])
     assert capsys.readouterr().out == "no finished run\n"
+
+
+def test_other_images_or_epochs_are_another_setting_and_nothing_is_left_out_in_silence(
+    here, capsys
+):
+    for root in ("A", "B"):
+        make_folder(here / root)
+        train.main(shlex.split(TINY + f"--dataset folder --data-root {root} --lr 1e-3"))
+    again = TINY + "--dataset folder --data-root A --lr 1e-3 --epochs"
+    train.main(shlex.split(again + " 1 --remark _short"))
+    train.main(shlex.split(again + " 2 --remark _twin"))
+    (lost,) = here.glob("logs/*/*_short")
+    (lost / "args.json").unlink()
+    compare.main(["logs", "--baseline", "lr=1e-3", "--csv", "t.csv"])
+    out = capsys.readouterr().out
+    with open("t.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {Path(row["--data-root"]).name: row["last R@1"][-3:] for row in rows} == {
+        "A": "(1)", "B": "(1)"
+    }  # fmt: skip
+    assert "_short: damaged (" in out and "_twin: of the setting and seed of a run before it" in out
+    assert {row["last R@1 - baseline's"] for row in rows} == {"baseline"}
+    (twin,) = here.glob("logs/*/*_twin/args.json")
+    (lost / "args.json").write_text(twin.read_text().replace('"epochs": 2', '"epochs": 1'))
+    compare.main(["logs", "--csv", "t.csv"])
+    with open("t.csv") as file:
+        assert sorted(row["epochs"] for row in csv.DictReader(file)) == ["1", "2", "2"]

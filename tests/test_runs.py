@@ -176,6 +176,9 @@ def test_a_finished_run_has_its_curves_as_a_picture(here, monkeypatch, flags):
     with Image.open(run_folder(here) / "curves.png") as image:
         image.load()
         assert image.size[0] > 1000 and len(set(image.convert("L").tobytes())) > 20
+        edges = (image.crop(box).convert("L").getextrema() for box in (
+            (0, 0, 2, image.height), (image.width - 2, 0, *image.size)))  # fmt: skip
+        assert all(edge == (255, 255) for edge in edges)  # nothing is cut
 
 
 def test_a_best_checkpoint_alone_starts_a_run_but_is_not_continued(here, run, capsys):
@@ -334,3 +337,33 @@ def test_check_calls_itself_by_the_name_it_is_started_with(tmp_path):
         )  # fmt: skip
         assert "python -m dataset.check" in getattr(done, stream)
         assert "check.py" not in done.stdout + done.stderr
+
+
+def test_a_run_killed_while_it_draws_is_completed_by_resume(here, capsys, monkeypatch):
+    make_cub(here / "data")
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "results_page", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(shlex.split(TINY))
+    folder = run_folder(here)
+    assert not list(folder.glob("*_previous.pth")) and not list(folder.glob("*.html"))
+    before = metrics(folder)
+    train.main(shlex.split(TINY + "--resume"))
+    assert (folder / "page.html").exists() and (folder / "curves.png").exists()
+    assert metrics(folder) == before
+    train.main(shlex.split(TINY + "--resume"))
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_of_a_folder_of_runs_the_newest_is_evaluated(here, capsys):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--epochs 1 --seed 2"))
+    train.main(shlex.split(TINY + "--epochs 1"))
+    (last,) = here.glob("logs/*/*_weightsnone/*_best.pth")
+    capsys.readouterr()
+    evaluate.main(["logs/logs_cub", "--workers", "0"])
+    assert f"\n{last.relative_to(here)}\n" in capsys.readouterr().out

@@ -76,19 +76,21 @@ def test_an_index_embeds_only_what_is_new_or_changed_and_drops_what_is_gone(here
 
 def test_what_cannot_be_read_is_named_skipped_and_counted(here, trained, capsys):
     (here / "photos/猫/фото 4.jpg").write_bytes(b"torn")
+    (here / "photos/猫/gone.jpg").symlink_to("nowhere")
     flags = f"--resume '{trained}' --gallery photos --query 'photos/猫/фото 3.jpg'"
     out, err = searched(capsys, flags)
-    assert "31 images, 31 of them embedded now; 1 skipped" in out
-    assert len(err) == 1 and "skipped" in err[0] and "фото 4.jpg: not an image" in err[0]
+    assert "31 images, 31 of them embedded now; 2 skipped" in out
+    assert all("skipped" in line for line in err) and "gone.jpg: No such file" in err[0]
+    assert len(err) == 2 and "фото 4.jpg: not an image" in err[1]
 
 
 def test_a_gallery_is_a_list_too(here, trained, capsys):
     rows = [f"photos/{path.parent.name}/{path.name},{path.parent.name}"
             for path in sorted(here.glob("photos/*/*")) if '"' not in str(path)]  # fmt: skip
-    (here / "list.csv").write_text("\n".join(["path,label", *rows]))
+    (here / "list.csv").write_text("\n".join(["path,label", *rows, "photos/gone.jpg,猫"]))
     flags = f"--resume '{trained}' --gallery list.csv --query 'photos/猫/фото 3.jpg'"
     out, _ = searched(capsys, flags)
-    assert "gallery: 24 images" in out
+    assert "gallery: 24 images, 24 of them embedded now; 1 skipped" in out
     assert FOUND.findall(out)[0][2] == str(here / "photos/猫/фото 3.jpg")
 
 
@@ -100,6 +102,7 @@ def test_a_gallery_is_a_list_too(here, trained, capsys):
     ("--gallery photos --save-index g.npz --query {image}", "not an index that can be read"),
     ("--gallery other.npz --query {image}", "an index of another checkpoint"),
     ("--gallery photos --query {image} --page nowhere/p.html", "--page nowhere/p.html: not a"),
+    ("--gallery photos --query {image} --save-index g", "--save-index g: must end in .npz"),
     ("--gallery photos --query {image} --top 0", "--top: invalid number"),
     ("--gallery photos --quer {image}", "required: --query"),
 ])  # fmt: skip
