@@ -17,7 +17,7 @@ from dataset.cache import cache_in_memory
 from dataset.files import UnreadableImage
 from dataset.images import digest_of_names
 from dataset.loader import batches, test_loader, train_loader
-from distributed import first_alone, from_first, join, most, rank, world
+from distributed import first_alone, join, most, rank, world
 from evaluate import describe, evaluate
 from flags import (
     Parser,
@@ -31,16 +31,12 @@ from flags import (
 from losses import LOSSES
 from net import CHOICES, model_name
 from recipe import OPTIMIZERS, Training, loss_noise, prepare_epoch, settle_loss, train_step
-from retrieval.page import results_page
-from retrieval.picture import draw_neighbours
-from retrieval.search import NEIGHBOURS, neighbours
 from runs.checkpoint import capture, restore
-from runs.curves import draw_curves
+from runs.pictures import draw
 from runs.report import announce, conclude, say_epoch
-from runs.results import Epoch, best_of, result_of, scores_of
-from runs.start import open_run, recorded
-from runs.tracking import address_of, log_epoch, log_picture, wandb_mode
-from storage import write_atomically
+from runs.results import Epoch, result_of
+from runs.start import open_on_first, recorded
+from runs.tracking import address_of, log_epoch, wandb_mode
 from utils import Interrupted, Stop, UserError, progress, run, say, seed_of
 
 STEP = 2  # a step's stream of random numbers, beside the sampler's and the augmentation's
@@ -227,21 +223,6 @@ def build_loading(training, train, test):
     return train_batches, test_scores
 
 
-def open_on_first(parser, args, given):
-    """open_run in the first process, which alone writes; RunFolder is None in the others. And
-    whether the run is complete."""
-    run_folder = None
-
-    def opened():
-        nonlocal run_folder
-        found, run_folder, checkpoint = open_run(parser, args, given)
-        history = checkpoint["history"] if checkpoint else []
-        return found, checkpoint, run_folder.is_complete(history, found.epochs)
-
-    args, checkpoint, complete = from_first(opened)
-    return args, run_folder, checkpoint, complete
-
-
 def main(argv=None):
     parser = build_parser()
     args, given = given_flags(parser, argv)
@@ -285,7 +266,8 @@ def main(argv=None):
                 _, *retrieved = test_scores(watch=stop.between)
         if run_folder:
             run_folder.previous.unlink(missing_ok=True)  # a finished run needs no second one
-            draw(run_folder, training.history, test, retrieved, wandb_run)
+            about = test and f"{describe('test', test)}. Below, the last epoch's network."
+            draw(run_folder, training.history, about, test, retrieved, wandb_run)
     if run_folder:
         run_folder.file_lock.release()
         conclude(training.history, run_folder, address_of(wandb_run))
@@ -303,29 +285,6 @@ def train_from(epoch, training, train_batches, test_scores, run_folder, stop, wa
             log_epoch(wandb_run, training.history, **memory_of(training.device))
         epoch = Epoch(epoch.number + 1)
     return retrieved
-
-
-def draw(run_folder, history, test, retrieved, wandb_run):
-    """The finished run's pictures: its curves, and what its last epoch's network retrieves."""
-    curves = draw_curves(history)
-    if test:
-        draw_page(run_folder, history, curves, test, retrieved, wandb_run)
-    write_atomically(run_folder.curves, curves)
-
-
-def draw_page(run_folder, history, curves, test, retrieved, wandb_run):
-    last, best = history[-1], best_of(history)
-    metrics = {
-        f"last epoch, {last['epoch']}": scores_of(last),
-        f"best epoch, {best['epoch']}, chosen on these images": scores_of(best),
-    }
-    about = f"{describe('test', test)}. Below, the last epoch's network."
-    embeddings, hits = retrieved
-    near = neighbours(embeddings, NEIGHBOURS, test.queries)
-    page = results_page(run_folder.folder.name, about, metrics, test, hits, near, curves)
-    write_atomically(run_folder.page, page)
-    if wandb_run:
-        log_picture(wandb_run, draw_neighbours(test, embeddings))
 
 
 def memory_of(device):

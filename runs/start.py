@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from distributed import restarted, world
+from distributed import from_first, restarted, world
 from flags import VERSION
 from runs.checkpoint import (
     PARTS,
@@ -57,6 +57,21 @@ def open_run(parser, args, given):
             + "replace it with --overwrite, or name another with --remark"
         )  # fmt: skip
     return args, run_folder, None
+
+
+def open_on_first(parser, args, given):
+    """open_run in the first process, which alone writes; RunFolder is None in the others. And
+    whether the run is complete."""
+    run_folder = None
+
+    def opened():
+        nonlocal run_folder
+        found, run_folder, checkpoint = open_run(parser, args, given)
+        history = checkpoint["history"] if checkpoint else []
+        return found, checkpoint, run_folder.is_complete(history, found.epochs)
+
+    args, checkpoint, complete = from_first(opened)
+    return args, run_folder, checkpoint, complete
 
 
 def stored_flags(folder):

@@ -14,6 +14,7 @@ from scipy.io import savemat
 import train
 import utils
 from net import create_model
+from runs import pictures
 from tests import toy  # noqa: F401 (it adds --model toy)
 
 torch.set_num_threads(2)
@@ -159,7 +160,7 @@ def no_account_no_network(monkeypatch, tmp_path):
 @pytest.fixture(autouse=True)
 def curves_in_no_time(monkeypatch):
     """A picture takes half a second, several hundred runs are made; test_runs.py looks at some."""
-    monkeypatch.setattr(train, "draw_curves", lambda history: b"a picture")
+    monkeypatch.setattr(pictures, "draw_curves", lambda history: b"a picture")
 
 
 @pytest.fixture

@@ -17,9 +17,8 @@ def test_a_run_says_what_will_happen_and_how_long_it_will_take(here, capsys):
     out, _ = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0].startswith("cub train: 20 images of 2 classes")
-    assert lines[2] == (
-        "toy, Proxy_Anchor with DDML; million parameters: backbone 0.00, heads 0.00, proxies 0.00"
-    )
+    # 16 x 3 x 5 x 5 + 16 and 2 x 16; 16 x 16 + 16, twice; 2 x 8
+    assert lines[2].endswith("parameters: backbone 0.00125, heads 0.000544, proxies 1.6e-05")
     assert lines[3].endswith("float32: 3 epochs of 2 steps of 8 images")
     assert lines[4] == f"run folder: {run_folder(Path())}"
     assert [bool(re.search(r"images/s; \d\d:\d\d left\)$", line)) for line in lines[5:8]] == [

@@ -17,6 +17,7 @@ import evaluate
 import train
 import utils
 from dataset import check
+from runs import pictures
 from runs.curves import draw_curves
 from runs.folder import RunFolder
 from runs.naming import run_folder_path
@@ -170,7 +171,7 @@ def test_the_best_checkpoint_is_the_network_alone_and_a_finished_run_has_no_prev
 
 @pytest.mark.parametrize("flags", ["", "--disent False", "--metrics", "--train-on all --gam 0"])
 def test_a_finished_run_has_its_curves_as_a_picture(here, monkeypatch, flags):
-    monkeypatch.setattr(train, "draw_curves", draw_curves)
+    monkeypatch.setattr(pictures, "draw_curves", draw_curves)
     make_cub(here / "data")
     train.main(shlex.split(TINY + flags))
     with Image.open(run_folder(here) / "curves.png") as image:
@@ -346,7 +347,7 @@ def test_a_run_killed_while_it_draws_is_completed_by_resume(here, capsys, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "results_page", killed)
+        patch.setattr(pictures, "results_page", killed)
         with pytest.raises(KeyboardInterrupt):
             train.main(shlex.split(TINY))
     folder = run_folder(here)
