@@ -212,7 +212,7 @@ def test_a_signal_saves_at_a_step_and_the_run_continues_to_the_same_bits(here, n
     kill.assert_same_run(run_folder(here), next(here.glob("whole/*/*")))
 
 
-@pytest.mark.parametrize("where", ["embed", "recall_at_k", "save_epoch"])
+@pytest.mark.parametrize("where", ["embed", "hits_at_k", "save_epoch"])
 def test_a_signal_while_an_epoch_is_evaluated_and_saved_loses_nothing_of_it(
     here, monkeypatch, where
 ):
@@ -319,7 +319,7 @@ def test_an_overwritten_run_is_kept_until_the_new_one_has_saved_something(here, 
     assert kept.read_bytes() == old
     aside = {path: path.read_bytes() for path in run_folder(here).glob("*.replaced")}
     assert "not an image" in fails(TINY, capsys)
-    assert len(aside) == 6 and all(path.read_bytes() == aside[path] for path in aside)
+    assert len(aside) == 7 and all(path.read_bytes() == aside[path] for path in aside)
     for path, data in images.items():
         path.write_bytes(data)
     train.main(shlex.split(TINY + "--overwrite --epochs 1"))
