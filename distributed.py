@@ -72,11 +72,7 @@ def first_alone():
 
 def most(value):
     """The greatest `value`, a whole number, of all processes: by which they decide alike."""
-    if world() == 1:
-        return value
-    values = torch.tensor(int(value))
-    dist.all_reduce(values, dist.ReduceOp.MAX)
-    return int(values)
+    return int(all_reduced(torch.tensor(int(value)), "max"))
 
 
 def part(items):

@@ -10,7 +10,7 @@ from net import CHOICES, create_model, model_name, network_of
 from net.export import MODEL_FILES, save_model
 from net.weights import load_strictly
 from retrieval.embed import embed
-from retrieval.export import EMBEDDING_FILES, export
+from retrieval.export import EMBEDDING_FILES, export, needs_neighbours
 from retrieval.metrics import hits_at_k, precision_at_r, recall_at_k  # noqa: F401 (as an API)
 from retrieval.page import results_page
 from retrieval.search import NEIGHBOURS, neighbours
@@ -152,7 +152,9 @@ def main(argv=None):
     print(f"{args.checkpoint} {args.remark}".strip())
     for metric, percent in found.items():
         print(f"{metric} : {percent:.3f}")
-    near = neighbours(embeddings, NEIGHBOURS, images.queries) if args.export or args.page else None
+    near = None
+    if args.page or args.export and needs_neighbours(args.export):
+        near = neighbours(embeddings, NEIGHBOURS, images.queries)
     if args.export:
         export(args.export, embeddings, images, hits, near)
     if args.page:

@@ -128,14 +128,15 @@ def gallery_of(args, checkpoint, embed):
     paths = [path for path, _ in keys]
     print(f"gallery: {plural(len(paths), 'image')}, {len(kept):,} of them embedded now; "
           f"{len(listed) - len(paths):,} skipped")  # fmt: skip
-    if keys == [*known]:
+    unchanged = keys == [*known]
+    if unchanged:
         embeddings = torch.from_numpy(index["embeddings"])
     else:
         embeddings = torch.empty(len(keys), embedded.shape[1])
         for row, key in enumerate(keys):
             x = embedded[fresh[key]] if key in fresh else index["embeddings"][known[key]]
             embeddings[row] = torch.as_tensor(x)
-    if file and not (keys == [*known] and os.path.exists(file)):
+    if file and not (unchanged and os.path.exists(file)):
         stamps = np.array([stamp for _, stamp in keys])
         with replacing(Path(file).resolve()) as new, open(new, "wb") as out:
             np.savez(out, embeddings=embeddings.numpy(), paths=np.array(paths), stamps=stamps,

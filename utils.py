@@ -115,7 +115,7 @@ class Stop:
 
 quiet = False  # --quiet: errors, warnings and results alone
 # of several processes the first one speaks, and whoever meets an error that the others do not
-first = os.environ.get("RANK", "0") == "0"
+first = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
 def say(message):

@@ -119,16 +119,6 @@ def unlike_published(name, split, items):
     )
 
 
-def unlike_published_set(name, root):
-    """How what is under `root` differs from the published data set, in a line; empty if not."""
-    try:
-        splits = read(name, root).items()
-        lines = [unlike_published(name, split, on_disk(items)[0]) for split, items in splits]
-        return "; ".join(filter(None, lines))
-    except UserError as error:
-        return str(error)
-
-
 def warn_of_oddities(name, split, images, splits):
     """What a folder or list of one's own may hold by mistake, by name and count."""
 

@@ -12,12 +12,23 @@ from urllib.request import Request, urlopen
 from torchvision.datasets.utils import check_integrity
 
 import dataset
+from dataset.files import on_disk
 from flags import VERSION, Parser
 from utils import UserError, progress, run
 
 PROGRAM = "python -m dataset.download"
 NAMES = [name for name, module in dataset.DATASETS.items() if hasattr(module, "FILES")]
 CHUNK = 2**20  # bytes
+
+
+def unlike_published(name, root):
+    """How what is under `root` differs from the published data set, in a line; empty if not."""
+    try:
+        there = {split: on_disk(items)[0] for split, items in dataset.read(name, root).items()}
+        lines = (dataset.unlike_published(name, *found) for found in there.items())
+        return "; ".join(filter(None, lines))
+    except UserError as error:
+        return str(error)
 
 
 def obtain(name, root):
@@ -30,7 +41,7 @@ def obtain(name, root):
         raise UserError(f"{reasons}; by hand, get it from {module.SOURCE}, then run this again")
     for archive in (path for path in needed if path.suffix in (".tgz", ".zip")):
         unpack(archive)
-    if difference := dataset.unlike_published_set(name, root):
+    if difference := unlike_published(name, root):
         raise UserError(f"{difference}; move away what came of {' and '.join(map(str, files))}")
 
 
@@ -97,7 +108,7 @@ def main(argv=None):
         root.mkdir()
     if not root.is_dir():
         raise UserError(f"--data-root {root}: no such folder")
-    if dataset.unlike_published_set(args.name, root):
+    if unlike_published(args.name, root):
         obtain(args.name, root)
     for split, (images, classes) in dataset.module_of(args.name).PUBLISHED.items():
         print(f"{args.name} {split}: {images:,} images of {classes:,} classes, as published")

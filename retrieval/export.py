@@ -13,11 +13,16 @@ EMBEDDING_FILES = {".npz": (), ".parquet": ("pyarrow",)}  # what each needs
 ROW_GROUP = 100  # images whose files are in memory at once
 
 
+def needs_neighbours(path):
+    """Whether they are part of the file; to search for them takes minutes at SOP's size."""
+    return Path(path).suffix.lower() == ".parquet"
+
+
 def export(path, embeddings, images, hits, near):
     """Write an ImageSet and its embeddings [N, d]; for .parquet, hits: {k: [Q]} of hits_at_k, and
     near: of `neighbours`."""
     out = Path(path).resolve()
-    if out.suffix.lower() == ".parquet":
+    if needs_neighbours(out):
         write_parquet(out, embeddings, images, hits, near)
     else:
         write_npz(out, embeddings, images)

@@ -91,8 +91,8 @@ def results_page(title, about, metrics, images, hits, near, curves=None):
         })  # fmt: skip
     asked, right = Counter(labels[:count].tolist()), Counter(labels[:count][hit].tolist())
     taken = Counter(
-        (label, other) for label, other in zip(labels[:count].tolist(), found[:, 0].tolist())
-        if label != other
+        (label, other) for label, others in zip(labels[:count].tolist(), found[:, :1].tolist())
+        for other in others if label != other
     )  # fmt: skip
     note = (
         f"{len(queries):,} of {count:,} queries, worst first, one of each class before a second of "
@@ -110,7 +110,7 @@ def results_page(title, about, metrics, images, hits, near, curves=None):
 def worst_first(hit, right, similarities, labels):
     """Queries in order: of every class the worst, then of every class the next. Worst is a miss,
     then one with few `right` [Q, top], then one whose nearest is near."""
-    order = np.lexsort((-similarities[:, 0], right.sum(axis=1), hit))
+    order = np.lexsort((-similarities.max(axis=1, initial=-1), right.sum(axis=1), hit))
     seen, rank = Counter(), np.empty(len(order), int)
     for query in order:
         rank[query] = seen[labels[query]]

@@ -18,7 +18,8 @@ def draw_neighbours(images, embeddings, count=8, top=8):
     similarities, indices = nearest(embeddings[rows], embeddings[first:], top, excluded)
     figure = Figure(figsize=(1.2 * (top + 1), 1.4 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), top + 1, squeeze=False)
-    for cells, query, near, found in zip(axes, rows, similarities.tolist(), indices + first):
+    found_by = zip(axes, rows.tolist(), similarities.tolist(), (indices + first).tolist())
+    for cells, query, near, found in found_by:
         for cell, index in zip(cells, (query, *found)):
             cell.imshow(small_picture(images.paths[index]))
             cell.set(xticks=[], yticks=[])

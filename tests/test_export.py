@@ -82,6 +82,8 @@ def test_parquet_holds_what_npz_does_the_files_and_the_neighbours(here, monkeypa
     assert_rows(rows, file, 16, range(16))
     assert {row["split"] for row in rows} == {"test"}
     assert "e.parquet: 16 embeddings of 8 dimensions\n" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "neighbours", None)
+    exported(run, "again.npz")  # which holds no neighbours, so none are searched
     hits = sum(row["hit@1"] for row in rows) / len(rows)
     evaluate.main([str(run), "--workers", "0", "--ks", "1"])
     assert capsys.readouterr().out.endswith(f"R@1 : {100 * hits:.3f}\n")

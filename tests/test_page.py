@@ -132,6 +132,12 @@ def test_a_name_cannot_break_out_of_the_page_and_a_file_that_is_gone_has_no_pict
     assert Image.open(io.BytesIO(picture)).getcolors() == [(page.SIDE**2, (128, 128, 128))]
 
 
+def test_a_lone_test_image_has_a_page_too(here):
+    images = small_set(here, classes=1, per_class=1)
+    data = results(images, torch.ones(1, 6))
+    assert [query["found"] for query in data["queries"]] == [[]] and not data["confusions"]
+
+
 def test_neighbours_leave_out_the_image_itself_and_not_its_duplicate():
     x = F.normalize(torch.randn(700, 6))
     x[600] = x[3]
