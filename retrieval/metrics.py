@@ -5,6 +5,7 @@ import math
 import torch
 
 from distributed import all_reduced, turns
+from retrieval.exact import exact_products
 from utils import plural, progress, warn
 
 
@@ -16,6 +17,7 @@ def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk
 
 
 @torch.no_grad()
+@exact_products()
 def hits_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_size=1024):
     """{k: [N], whether a query has an image of its class among its k nearest}.
 
@@ -52,6 +54,7 @@ def hits_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_s
 
 
 @torch.no_grad()
+@exact_products()
 def precision_at_r(embeddings, labels, gallery=None, gallery_labels=None, memory=2**27):
     """{"MAP@R", "R-Precision"} (Musgrave et al., ECCV 2020, section 3.2): of the R nearest of a
     query with R matches, the fraction that match, and their average precision; means over queries.

@@ -4,12 +4,14 @@ import math
 
 import torch
 
+from retrieval.exact import exact_products
 from utils import progress
 
 NEIGHBOURS = 8  # in pages and exports
 
 
 @torch.inference_mode()
+@exact_products()
 def nearest(queries, gallery, top, excluded=None, chunk_size=2**16):
     """(similarities, indices) [Q, top] of each query's nearest items of the gallery, best first.
 

@@ -9,6 +9,7 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 from dataset.images import ImageSet
@@ -17,6 +18,7 @@ from net import create_model
 from retrieval import metrics
 from retrieval.embed import embed
 from retrieval.metrics import precision_at_r
+from retrieval.search import nearest
 from tests.conftest import ROOT
 
 KS = (1, 2, 4, 8, 100)
@@ -160,6 +162,56 @@ def test_precision_at_r_of_a_collapsed_and_of_a_perfect_embedding():
         "MAP@R": pytest.approx(1), "R-Precision": pytest.approx(1),
     }  # fmt: skip
     assert precision_at_r(torch.ones(1, 4), torch.tensor([0])) == {"MAP@R": 0, "R-Precision": 0}
+
+
+def retrieved(x, labels):
+    """All that retrieval computes with products."""
+    neighbours = nearest(x[:20], x, 5, torch.arange(20))
+    return recall_at_k(x, labels, KS), precision_at_r(x, labels), *(y.tolist() for y in neighbours)
+
+
+def test_under_autocast_every_result_of_retrieval_is_the_one_without():
+    x, labels = random_set()
+    expected = retrieved(x, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ x.T).dtype == torch.bfloat16
+        assert retrieved(x, labels) == expected
+        assert (x @ x.T).dtype == torch.bfloat16
+
+
+MATMUL = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+
+
+class SettingsOfProducts(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mm.default:
+            self.seen.append([setting.fp32_precision for setting in MATMUL])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("owner, name, value", [
+    (torch.backends.cuda.matmul, "allow_tf32", True),
+    (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    (torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+])  # fmt: skip
+def test_whatever_precision_is_set_products_have_float32s_and_it_is_set_again(owner, name, value):
+    before = getattr(owner, name)
+    try:
+        setattr(owner, name, value)
+        as_set = [setting.fp32_precision for setting in MATMUL]
+        with SettingsOfProducts() as products:
+            retrieved(*random_set())
+        after = [setting.fp32_precision for setting in MATMUL]
+    finally:
+        setattr(owner, name, before)
+        torch.set_float32_matmul_precision("highest")
+    assert len(products.seen) > 3
+    assert all(seen == ["ieee", "ieee"] for seen in products.seen)
+    assert after == as_set and set(as_set) & {"tf32", "bf16"}
 
 
 def test_singleton_classes_count_as_misses_and_are_reported(capsys):
