@@ -24,7 +24,7 @@ from storage import (
     write_atomically,
     write_json,
 )
-from utils import UserError, choose_device, plural, progress, run, warn
+from utils import UserError, choose_device, plural, progress, run, set_precision, warn
 
 OUTPUTS = ("json", "export", "page", "save_model")  # flags that name a file to write
 
@@ -129,8 +129,10 @@ def main(argv=None):
     require_writable(args, *OUTPUTS)
     require_format(args, export=EMBEDDING_FILES, save_model=MODEL_FILES)
     device = choose_device(args.gpu_id)
+    set_precision(args.precision)
     state, theirs = network_of(checkpoint, args.checkpoint)
-    model = create_model(args.model, args.embedding_size, theirs["disent"], args.l2_norm)
+    model = create_model(args.model, args.embedding_size, theirs["disent"], args.l2_norm,
+                         precision=args.precision)  # fmt: skip
     load_strictly(model, state, args.checkpoint)
     model.num_features(args.image_size)  # ends here where the network cannot take it
 

@@ -5,6 +5,11 @@ import argparse
 from utils import UserError, did_you_mean
 
 VERSION = "0.2.0"
+PRECISIONS = {"fp32": "float32", "tf32": "TF32", "bf16": "bfloat16"}  # --precision, in words
+PRECISION_HELP = (
+    "fp32; tf32: products and convolutions round their factors to 11 bits, on GPUs that can; "
+    "bf16: the backbone's maps in bfloat16, all else in float32"
+)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -60,6 +65,7 @@ def add_network_flags(parser, model, choices):
     add("--embedding-size", default=512, type=at_least(1, most=2**13),
         help="numbers in an embedding")  # fmt: skip
     add("--l2-norm", default=True, type=boolean, help="L2-normalise the heads")
+    add("--precision", default="fp32", choices=PRECISIONS, help=PRECISION_HELP)
     add("--gpu-id", default=0, type=at_least(-1),
         help="which GPU; -1 for the only one")  # fmt: skip
     return add

@@ -125,7 +125,7 @@ class Training:
         torch.manual_seed(args.seed)
         self.args, self.device, self.images, self.history = args, device, images, []
         self.model = create_model(
-            args.model, args.embedding_size, args.disent, args.l2_norm, weights
+            args.model, args.embedding_size, args.disent, args.l2_norm, weights, args.precision
         ).to(device)
         if not args.bn_freeze:
             share_batch_norm(self.model)

@@ -12,7 +12,7 @@ from dataset import table
 from dataset.augment import resize_and_crop
 from dataset.files import SUFFIXES, is_leftover, read_image
 from dataset.loader import Work, make_loader
-from flags import Parser, at_least
+from flags import PRECISION_HELP, PRECISIONS, Parser, at_least
 from net import load_model
 from retrieval.page import search_page
 from retrieval.search import nearest
@@ -25,7 +25,7 @@ from storage import (
     write_atomically,
     write_json,
 )
-from utils import UserError, choose_device, plural, progress, run, warn
+from utils import UserError, choose_device, plural, progress, run, set_precision, warn
 
 
 def build_parser():
@@ -43,6 +43,7 @@ def build_parser():
     add("--page", metavar="PATH", help="also write them with pictures to this .html")
     add("--batch-size", default=150, type=at_least(1), help="images a batch")
     add("--workers", default=4, type=at_least(0), help="processes that load images")
+    add("--precision", choices=PRECISIONS, help=f"{PRECISION_HELP}; by default as in training")
     add("--gpu-id", default=0, type=at_least(-1), help="which GPU; -1 for the only one")
     return parser
 
@@ -98,8 +99,8 @@ def open_index(path, checkpoint):
         raise UserError(f"{path}: not an index that can be read ({error})") from error
     if str(index["checkpoint"]) != checkpoint:
         raise UserError(
-            f"{path}: an index of another checkpoint; embed the gallery again with --gallery "
-            f"{index['source']} and another --save-index"
+            f"{path}: an index of another checkpoint or --precision; embed the gallery again with "
+            f"--gallery {index['source']} and another --save-index"
         )
     return index
 
@@ -160,9 +161,12 @@ def main(argv=None):
     require_format(args, save_index={".npz": ()})
     device = choose_device(args.gpu_id)
     path = checkpoint_in(args.resume, ("best", "last", "previous"))
-    model = load_model(path).to(device)
+    model = load_model(path, args.precision).to(device)
+    set_precision(model.precision)
     size = read_checkpoint(path).get("args", {}).get("image_size", 224)
     checkpoint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if model.precision != "fp32":
+        checkpoint += f" {model.precision}"  # an index's embeddings are of one precision
 
     loading = {"size": size, "device": device, "args": args}
     queries, kept = embed_files(args.query, model, **loading)

@@ -37,7 +37,7 @@ from runs.report import announce, conclude, say_epoch
 from runs.results import Epoch, result_of
 from runs.start import open_on_first, recorded
 from runs.tracking import address_of, log_epoch, wandb_mode
-from utils import Interrupted, Stop, UserError, progress, run, say, seed_of
+from utils import Interrupted, Stop, UserError, progress, run, say, seed_of, set_precision
 
 STEP = 2  # a step's stream of random numbers, beside the sampler's and the augmentation's
 FETCH_SECONDS = 1  # between two looks at the losses, each of which waits for the device
@@ -237,6 +237,7 @@ def main(argv=None):
         return
     settle_loss(args)
     mode = wandb_mode(args.wandb)
+    set_precision(args.precision)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -53,8 +53,8 @@ def run(main, name=None):
         end(2, f"error: {' '.join(str(error).split())}")
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        end(2, f"error: the GPU's memory is full, use a smaller --batch-size or --image-size; the "
-               f"last checkpoint is good ({reason})")  # fmt: skip
+        end(2, f"error: the GPU's memory is full, use a smaller --batch-size or --image-size, or "
+               f"--precision bf16; the last checkpoint is good ({reason})")  # fmt: skip
     except RuntimeError as error:
         if "gloo" in str(error) or "NCCL" in str(error):
             end(1, f"another process of this run has ended ({str(error).splitlines()[0]})")
@@ -196,3 +196,11 @@ def choose_device(gpu_id):
     device = torch.device("cuda", max(gpu_id, 0))
     torch.cuda.set_device(device)  # pinned memory belongs to the current device
     return device
+
+
+def set_precision(precision):
+    """What --precision means for float32 on CUDA, for the whole process. PyTorch's own default is
+    neither fp32 nor tf32: it rounds the factors of convolutions, and not those of products."""
+    # differs: the script has PyTorch's default
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"

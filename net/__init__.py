@@ -1,11 +1,12 @@
 """The embedding network: a backbone, its pooling, the one or two linear heads."""
 
+import contextlib
 import copy
 
 import torch
 from torch import nn
 
-from net.backbones import BACKBONES, TIMM, create_backbone
+from net.backbones import BACKBONES, TIMM, at_least_float32, create_backbone
 from net.weights import load_strictly, load_weights
 from storage import read_checkpoint
 from utils import UserError, did_you_mean
@@ -13,7 +14,7 @@ from utils import UserError, did_you_mean
 
 def l2_normalize(x):
     """Rows of unit length, x / sqrt(sum x^2 + 1e-12); a zero row stays zero."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # 1e-12 is 0 in half
+    wide = at_least_float32(x)  # 1e-12 is 0 in half
     return (wide / (wide.square().sum(dim=-1, keepdim=True) + 1e-12).sqrt()).to(x.dtype)
 
 
@@ -24,12 +25,16 @@ class EmbeddingNet(nn.Module):
     With `disent` a head's columns are [mu | s]: the mean, and the raw scale of the
     distribution that DDML samples from (AAAI 2025). The heads are stored as
     `model.embedding*`, beside the backbone's layers, as in the published checkpoints.
+
+    Of `precision`, bf16 is the network's own affair: the backbone's maps are bfloat16, from its
+    input to the last of them. Parameters, pooling and heads stay float32: a head in bfloat16 would
+    double the error of mu. tf32 is a setting of the process (`utils.set_precision`).
     """
 
-    def __init__(self, name, embedding_size, disent, l2_norm):
+    def __init__(self, name, embedding_size, disent, l2_norm, precision="fp32"):
         super().__init__()
         self.name, self.embedding_size = name, embedding_size
-        self.disent, self.l2_norm = disent, l2_norm
+        self.disent, self.l2_norm, self.precision = disent, l2_norm, precision
         self.backbone = create_backbone(name)
         self.interpolation = self.backbone.interpolation
         self.model = self.backbone.network
@@ -73,7 +78,12 @@ class EmbeddingNet(nn.Module):
         return images.permute(0, 3, 1, 2)  # channels last in memory
 
     def pool(self, images):
-        return self.backbone.pool(self.model, images)
+        maps = contextlib.nullcontext()
+        if self.precision == "bf16":
+            maps = torch.autocast(images.device.type, torch.bfloat16)
+        with maps:
+            features = self.backbone.pool(self.model, images)
+        return features.to(self.model.embedding.weight.dtype)
 
     def forward(self, images):
         """(head [B, 2d], head_specific [B, 2d]) with disent, head [B, d] without."""
@@ -100,10 +110,12 @@ def model_name(name):
     return name
 
 
-def create_model(name, embedding_size, disent=False, l2_norm=True, weights=None):
+def create_model(
+    name, embedding_size, disent=False, l2_norm=True, weights=None, precision="fp32"
+):  # fmt: skip
     """Build a network; `weights` is None or "none" (random), "imagenet" (downloaded), or a
-    checkpoint's path."""
-    model = EmbeddingNet(model_name(name), embedding_size, disent, l2_norm)
+    checkpoint's path; `precision` as in EmbeddingNet."""
+    model = EmbeddingNet(model_name(name), embedding_size, disent, l2_norm, precision)
     if weights not in (None, "none"):
         load_weights(model, weights)
     return model
@@ -116,21 +128,24 @@ def network_of(checkpoint, path):
     if not isinstance(state, dict) or not isinstance(stored, dict):
         raise UserError(f"{path}: not a checkpoint: it has no model_state_dict, or odd flags")
     disent = "model.embedding_specific.weight" in state
-    flags = {"model": "bn_inception", "l2_norm": True}
+    flags = {"model": "bn_inception", "l2_norm": True, "precision": "fp32"}
     shape = getattr(state.get("model.embedding.weight"), "shape", ())
     if len(shape) == 2:
         flags["embedding_size"] = shape[0] // 2 if disent else shape[0]
     flags |= stored | {"disent": disent}
-    for name, kind in (("model", str), ("embedding_size", int), ("l2_norm", bool)):
+    kinds = {"model": str, "embedding_size": int, "l2_norm": bool, "precision": str}
+    for name, kind in kinds.items():
         if not isinstance(flags.get(name), kind):
             raise UserError(f"{path}: not a checkpoint: it does not tell the network's {name}")
     return state, flags
 
 
-def load_model(path):
-    """The network of a checkpoint, one of ours or a published one, to embed with (eval mode)."""
+def load_model(path, precision=None):
+    """The network of a checkpoint, one of ours or a published one, to embed with (eval mode), in
+    the precision that it was trained with, or another one."""
     state, flags = network_of(read_checkpoint(path), path)
     names = ("model", "embedding_size", "disent", "l2_norm")
-    model = create_model(*(flags.get(name) for name in names))
+    precision = precision or flags["precision"]
+    model = create_model(*(flags.get(name) for name in names), precision=precision)
     load_strictly(model, state, path)
     return model.eval()

@@ -26,8 +26,13 @@ class Backbone(NamedTuple):
     unused: tuple = ()  # prefixes of what its ImageNet file holds and it has not
 
 
+def at_least_float32(x):
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def average_and_maximum(maps):
-    """Global average plus global maximum: [B, F, H, W] -> [B, F]."""
+    """Global average plus global maximum, in float32 or better: [B, F, H, W] -> [B, F]."""
+    maps = at_least_float32(maps)
     return maps.mean(dim=(2, 3)) + maps.amax(dim=(2, 3))
 
 
@@ -83,7 +88,8 @@ def timm_model(name):
         if not torch.is_tensor(features):
             return features  # as `num_features` will say
         if features.ndim == 3:
-            return network.forward_head(features, pre_logits=True)
+            tokens = features.to(next(network.parameters()).dtype)  # of autocast, float32
+            return network.forward_head(tokens, pre_logits=True)
         if getattr(network, "output_fmt", "NCHW") == "NHWC":
             features = features.permute(0, 3, 1, 2)
         return average_and_maximum(features)

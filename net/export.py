@@ -33,8 +33,9 @@ def save_model(model, path, pixels):
     """Write the network, its preparation inside, for batches of any size; `pixels`, uint8 RGB
     [B, H, W, 3], are some of its images. UserError, and no file, where it cannot be exported, or
     where the file's bytes, loaded again, embed them otherwise than `model` does. Leaves `model`, on
-    the CPU, in eval mode."""
+    the CPU, in eval mode and fp32."""
     network, pixels = Embedder(model).eval(), pixels.cpu()
+    network.model.precision = "fp32"  # whoever reads the file may choose another
     export = to_onnx if Path(path).suffix.lower() == ".onnx" else to_pt2
     two = pixels[:1].repeat(2, 1, 1, 1)  # a batch of one would be taken for the only size
     try:

@@ -5,6 +5,7 @@ import shlex
 from tqdm import tqdm
 
 from distributed import world
+from flags import PRECISIONS
 from runs.results import best_of, scores_of
 from utils import device_name, plural, say
 
@@ -18,7 +19,8 @@ def announce(training, steps, run_folder):
     epochs = plural(args.epochs - len(training.history), "epoch")
     say(f"{args.model}, {loss}; million parameters: {', '.join(sizes)}")
     place = device_name(training.device) + (f", {world()} processes" if world() > 1 else "")
-    say(f"{place}, float32: {epochs} of {plural(steps, 'step')} of {args.batch_size} images")
+    say(f"{place}, {PRECISIONS[args.precision]}: {epochs} of {plural(steps, 'step')} of "
+        f"{args.batch_size} images")  # fmt: skip
     if run_folder:
         say(f"run folder: {run_folder.folder}")
 

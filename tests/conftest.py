@@ -158,6 +158,12 @@ def no_account_no_network(monkeypatch, tmp_path):
 
 
 @pytest.fixture(autouse=True)
+def float32_products():
+    """No test finds the process as another one's --precision has left it."""
+    utils.set_precision("fp32")
+
+
+@pytest.fixture(autouse=True)
 def curves_in_no_time(monkeypatch):
     """A picture takes half a second, several hundred runs are made; test_runs.py looks at some."""
     monkeypatch.setattr(pictures, "draw_curves", lambda history: b"a picture")

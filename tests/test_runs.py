@@ -281,7 +281,7 @@ def test_a_full_gpu_is_one_line_that_says_what_to_change(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
 
     line = fails("", capsys, main)
-    assert "use a smaller --batch-size or --image-size; the last checkpoint is good" in line
+    assert "use a smaller --batch-size or --image-size, or --precision bf16; the last" in line
 
 
 # --- the command line ---------------------------------------------------------------------------

@@ -252,6 +252,7 @@ COMBINATIONS = [
     *(f"--loss {loss}" for loss in PROXY_LOSSES),
     *(f"--model {name} --bn-freeze 0 --image-size 64 --batch-size 20"
       for name in ("bn_inception", "resnet18", "timm/vit_tiny_patch16_224")),
+    *(f"--model {name} --precision bf16" for name in ("toy", "bn_inception")),
 ]  # fmt: skip
 
 
