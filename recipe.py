@@ -66,6 +66,8 @@ def parameter_groups(model, criterion, lr, proxy_lr_factor):
 def build_optimizer(args, model, criterion):
     groups = parameter_groups(model, criterion, args.lr, args.proxy_lr_factor)
     kind, settings = OPTIMIZERS[args.optimizer]
+    if args.optimizer == "adamw" and next(model.parameters()).is_cuda:
+        settings = {"fused": True}  # a few kernels for all parameters, their counts on the device
     optimizer = kind(groups, lr=args.lr, weight_decay=args.weight_decay, **settings)
     scheduler = torch.optim.lr_scheduler.StepLR(
         optimizer, step_size=args.lr_decay_step, gamma=args.lr_decay_gamma

@@ -1,5 +1,6 @@
 """The recipe: what trains in which epoch, with which optimiser, on which batches."""
 
+import copy
 import shlex
 
 import pytest
@@ -9,6 +10,7 @@ import train
 from losses import LOSSES
 from net import create_model
 from recipe import (
+    OPTIMIZERS,
     Training,
     build_criterion,
     build_optimizer,
@@ -18,6 +20,7 @@ from recipe import (
     settle_loss,
     train_step,
 )
+from runs.checkpoint import capture, restore
 from tests.conftest import TINY, make_cub, metrics, run_folder
 
 
@@ -55,6 +58,32 @@ def test_optimizers_have_the_published_settings(optimizer, kind, settings):
     assert type(built) is kind
     for group in built.param_groups:
         assert {name: group[name] for name in settings} == settings and group["weight_decay"] == 0.5
+
+
+def trained(monkeypatch, fused, steps, checkpoint=None):
+    """A checkpoint of AdamW's, fused or not, after some steps, the first of them of warm-up."""
+    monkeypatch.setitem(OPTIMIZERS, "adamw", (torch.optim.AdamW, {"fused": fused}))
+    training = Training(recipe()[0], 2, torch.device("cpu"), None)
+    if checkpoint:
+        restore(training, checkpoint, "a checkpoint")
+    for step in steps:
+        torch.manual_seed(step)
+        prepare_epoch(training.model, epoch=step, warm=1, bn_freeze=True)
+        images, labels = torch.randn(4, 3, 32, 32), torch.arange(4) % 2
+        train_step(training.model, training.criterion, training.optimizer, images, labels)
+    assert all(group["fused"] is fused for group in training.optimizer.param_groups)
+    return copy.deepcopy(capture(training))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_checkpoint_of_fused_adamw_continues_in_the_plain_one_and_back(monkeypatch, fused):
+    expected = trained(monkeypatch, None, range(6))
+    first = trained(monkeypatch, fused, range(3))
+    found = trained(monkeypatch, not fused, range(3, 6), first)
+    for part in ("model_state_dict", "criterion_state_dict"):
+        torch.testing.assert_close(found[part], expected[part], rtol=1e-5, atol=1e-6)
+    states = [side["optimizer_state_dict"]["state"] for side in (found, expected)]
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-6)
 
 
 def trainable(model):
