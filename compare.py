@@ -16,7 +16,8 @@ from runs.results import best_of, scores_of
 from storage import require_format, require_writable, write_atomically
 from utils import UserError, plural, run
 
-ASIDE = FREE_ON_RESUME | {"seed", "remark", "deterministic"}  # what does not make a setting
+# what does not make a setting
+ASIDE = FREE_ON_RESUME | {"seed", "remark", "deterministic", "compile"}
 FILES = ("args.json", "metrics.jsonl", "*_last.pth")  # any of which a run leaves
 
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, UserError)

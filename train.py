@@ -29,7 +29,7 @@ from flags import (
     name_part,
 )
 from losses import LOSSES
-from net import CHOICES, model_name
+from net import CHOICES, compile_backbone, model_name
 from recipe import OPTIMIZERS, Training, loss_noise, prepare_epoch, settle_loss, train_step
 from runs.checkpoint import capture, restore
 from runs.pictures import draw
@@ -54,6 +54,8 @@ def build_parser():
 
     add = add_network_flags(parser, model_name, CHOICES)
     add("--weights", default="imagenet", help="imagenet, none, or a checkpoint's path")
+    add("--compile", default=False, const=True, nargs="?", type=boolean,
+        help="torch.compile the backbone; the numbers differ in their last digits")  # fmt: skip
     add("--deterministic", default=False, const=True, nargs="?", type=boolean,
         help="the same bits each time on CUDA too, at some cost in speed")  # fmt: skip
 
@@ -247,6 +249,8 @@ def main(argv=None):
         names = digest_of_names(train, test)
         training = Training(args, len(train.classes), device, weights, names)
     training.model.num_features(args.image_size)  # ends here where the network cannot take it
+    if args.compile:
+        compile_backbone(training.model)
     if args.cache == "ram":
         read_from_memory([images for images in (train, test) if images], args.workers)
     epoch = Epoch(done)

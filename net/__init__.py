@@ -99,6 +99,25 @@ class EmbeddingNet(nn.Module):
         return l2_normalize(mu)
 
 
+def compile_backbone(model):
+    """Put backbone and pooling, which take the time, through torch.compile, to train and to embed.
+    The function is compiled, the module stays: its weights keep their names."""
+    pool, trained = torch.compile(model.pool, dynamic=False), None
+
+    def compiled(images):
+        nonlocal trained
+        before, trained = trained, [p.requires_grad for p in model.parameters()]
+        if trained != before:  # torch 2.11 does not look: after warm-up it made no gradients
+            torch.compiler.reset()
+        try:
+            return pool(images)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).split("\n\n")[0]
+            raise UserError(f"--compile: torch cannot compile {model.name}: {reason}") from error
+
+    model.pool = compiled
+
+
 CHOICES = f"{', '.join(BACKBONES)} or {TIMM}NAME"
 
 

@@ -227,4 +227,4 @@ def test_a_step_on_cuda_equals_the_step_on_the_cpu_and_never_synchronises():
         finally:
             torch.cuda.set_sync_debug_mode("default")
         losses.append(values["loss"].item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # convolutions in TF32
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
