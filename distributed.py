@@ -34,14 +34,19 @@ def join(gpu_id):
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = choose_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    store, this, count = next(dist.rendezvous("env://"))
+    # torchrun keeps its store: a restarted process would look for the former ones at the addresses
+    # that they have left there
+    store = dist.PrefixStore(f"start {restarts()}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=this, world_size=count)
     atexit.register(dist.destroy_process_group)
     return device
 
 
-def restarted():
-    """Whether torchrun has started this process anew, after one of the former ones had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def restarts():
+    """How often torchrun has started this process anew, after one of the former ones had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def from_first(function):
@@ -75,10 +80,15 @@ def most(value):
     return int(all_reduced(torch.tensor(int(value)), "max"))
 
 
+def shares(count):
+    """Where each process's rows of a batch of `count` begin, and where the last one's end."""
+    return [number * count // world() for number in range(world() + 1)]
+
+
 def part(items):
-    """This process's share of a batch: rows in order of rank."""
-    size = len(items) // world()
-    return items[rank() * size :][:size]
+    """This process's share of a batch: rows in order of rank, of some processes one more."""
+    start, stop = shares(len(items))[rank() :][:2]
+    return items[start:stop]
 
 
 def turns(items):
@@ -86,32 +96,38 @@ def turns(items):
     return items[rank() :: world()]
 
 
+def of_each(x, rows):
+    """[W, rows, ...]: every process's x, of at most so many rows, filled up with zeros."""
+    x = torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
+    everyone = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(everyone, x)
+    return torch.stack(everyone)
+
+
 class Gather(torch.autograd.Function):
-    """[B / W, ...] -> [B, ...] in order of rank. A row's gradient is complete in its own process;
-    times W, as gradients are averaged afterwards."""
+    """Each process's `part` of a batch -> the batch [count, ...]. A row's gradient is complete in
+    its own process; times W, as gradients are averaged afterwards."""
 
     @staticmethod
-    def forward(ctx, x):
-        rows = [torch.empty_like(x) for _ in range(world())]
-        dist.all_gather(rows, x.contiguous())
-        return torch.cat(rows)
+    def forward(ctx, x, count):
+        ends = shares(count)
+        rows = [stop - start for start, stop in zip(ends, ends[1:])]
+        return torch.cat([part[:size] for part, size in zip(of_each(x, max(rows)), rows)])
 
     @staticmethod
     def backward(ctx, gradient):
-        return part(gradient) * world()
+        return part(gradient) * world(), None
 
 
-def gather(x):
-    return Gather.apply(x) if world() > 1 else x
+def gather(x, count):
+    return Gather.apply(x, count) if world() > 1 else x
 
 
 def interleave(x, count):
     """[count, ...] of all processes' x, of which this one's holds the rows rank, rank + W, ..."""
     if world() == 1:
         return x
-    rows = -(-count // world())
-    x = torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
-    return gather(x).view(world(), rows, *x.shape[1:]).transpose(0, 1).flatten(0, 1)[:count]
+    return of_each(x, -(-count // world())).transpose(0, 1).flatten(0, 1)[:count]
 
 
 def all_reduced(x, op="sum"):
@@ -150,8 +166,9 @@ class SharedBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        count = x.numel() // x.shape[1] * world()
-        mean = Sum.apply(x.sum(dim=(0, 2, 3))) / count
+        sums, pixels = x.sum(dim=(0, 2, 3)), x.numel() // x.shape[1]
+        sums = Sum.apply(torch.cat([sums, sums.new_full((1,), pixels)]))
+        mean, count = sums[:-1] / sums[-1], sums[-1]
         centred = x - mean[:, None, None]
         variance = Sum.apply(centred.square().sum(dim=(0, 2, 3))) / count
         with torch.no_grad():

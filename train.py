@@ -122,7 +122,8 @@ def train_epoch(training, loader, epoch, after_step):
         if rank():
             torch.manual_seed(seed_of(*key, rank()))  # for dropout: other images, other masks
         images = model.prepare(pixels)
-        epoch.add(train_step(model, training.criterion, training.optimizer, images, labels, noise))
+        epoch.add(train_step(model, training.criterion, training.optimizer, images, labels, noise,
+                             training.args.batch_size))  # fmt: skip
         after_step()
         epoch.tick("step")
 
@@ -186,9 +187,9 @@ def load_images(args):
             f"--batch-size {args.batch_size}: larger than the {len(train)} training images of "
             f"{name}, so that no batch would be complete; use {len(train)} or fewer"
         )
-    if args.batch_size % world():
-        raise UserError(f"--batch-size {args.batch_size}: not a multiple of the {world()} "
-                        "processes that share each batch")  # fmt: skip
+    if args.batch_size < world():
+        raise UserError(f"--batch-size {args.batch_size}: fewer than the {world()} processes that "
+                        "share each batch")  # fmt: skip
     if args.IPC:
         classes, rest = divmod(args.batch_size, args.IPC)
         if rest or classes > len(train.classes):

@@ -70,20 +70,11 @@ def restore(training, checkpoint, path):
     try:
         training.model.load_state_dict(checkpoint["model_state_dict"])
         training.criterion.load_state_dict(checkpoint["criterion_state_dict"])
-        of_this_device(checkpoint["optimizer_state_dict"], training.optimizer)
         training.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         training.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         training.history = checkpoint["history"]
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its state is not that of this run ({error})") from error
-
-
-def of_this_device(state, optimizer):
-    """Whether the optimiser is fused depends on the device that it was made for, not on that of the
-    checkpoint; its counts are loaded to where that wants them."""
-    for saved, group in zip(state["param_groups"], optimizer.param_groups):
-        if "fused" in group:
-            saved["fused"] = group["fused"]
 
 
 def flags_to_continue_with(parser, given, flags, path):

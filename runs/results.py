@@ -21,7 +21,9 @@ class Epoch:
         self.fetched = self.clock
 
     def add(self, values):
-        self.pending.append(values)
+        """{term: scalar on the device}, whose memory may be the next step's."""
+        self.names = list(values)
+        self.pending.append(torch.stack(list(values.values())))
         self.step += 1
 
     def tick(self, what):
@@ -34,11 +36,10 @@ class Epoch:
         """Add up what is pending; UserError where a value is not finite. Nothing is saved before
         this was called, so what such a step did to the weights never is; `files(epoch, step)` are
         those of a batch."""
-        names = list(self.pending[0]) if self.pending else []
-        rows = [torch.stack(list(values.values())) for values in self.pending]
-        first, self.pending, self.fetched = self.step - len(rows), [], time.perf_counter()
-        for step, row in enumerate(torch.stack(rows).double().tolist() if rows else [], first):
-            for name, value in zip(names, row):
+        rows, self.pending, self.fetched = self.pending, [], time.perf_counter()
+        first, rows = self.step - len(rows), torch.stack(rows).double().tolist() if rows else []
+        for step, row in enumerate(rows, first):
+            for name, value in zip(self.names, row):
                 if not math.isfinite(value):
                     raise UserError(
                         f"epoch {self.number}, step {step}: the {name} is not finite; nothing of "

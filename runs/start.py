@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from distributed import from_first, restarted, world
+from distributed import from_first, restarts, world
 from flags import VERSION
 from runs.checkpoint import (
     PARTS,
@@ -34,7 +34,7 @@ KINDS = ("_last.pth", "_previous.pth", "_best.pth")
 def open_run(parser, args, given):
     """(flags, RunFolder, checkpoint or None): where to write, and what to continue from."""
     folder = run_folder_path(args, parser)
-    if restarted() and args.resume is None and stored_flags(folder):
+    if restarts() and args.resume is None and stored_flags(folder):
         args.resume = ""  # what the processes before these have begun
     if len(os.fsencode(folder.name)) > 255:
         raise UserError(

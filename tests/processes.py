@@ -13,7 +13,7 @@ from net.backbones import BACKBONES, Backbone
 from retrieval.metrics import hits_at_k
 from tests import toy
 
-BATCH, CLASSES, WARM, STEPS = 12, 5, 2, 6
+BATCH, CLASSES, WARM, STEPS = 11, 5, 2, 6  # shares of unequal size
 
 
 class Unused(toy.Toy):
@@ -30,6 +30,7 @@ def trained(bn_freeze):
         seed=1, model="unused", embedding_size=6, disent=True, l2_norm=True, loss="Proxy_Anchor",
         mrg=0.1, alpha=32, al=1.0, be=0.1, gam=1e-2, lr=1e-2, proxy_lr_factor=10, weight_decay=1e-4,
         optimizer="adamw", lr_decay_step=10, lr_decay_gamma=0.5, bn_freeze=bn_freeze,
+        precision="fp32",
     )  # fmt: skip
     training = recipe.Training(args, CLASSES, torch.device("cpu"), None)
     model, criterion = training.model.double(), training.criterion.double()
@@ -40,7 +41,7 @@ def trained(bn_freeze):
         images, labels = torch.randn(BATCH, 3, 16, 16).double(), torch.randint(CLASSES, (BATCH,))
         noise = torch.randn(2, BATCH, 6).double()
         values = recipe.train_step(
-            model, criterion, training.optimizer, part(images), part(labels), noise
+            model, criterion, training.optimizer, part(images), part(labels), noise, BATCH
         )
         largest.append(values.pop("gradient"))
         found |= {f"{name} {step}": value for name, value in values.items()}

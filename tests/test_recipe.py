@@ -1,16 +1,19 @@
 """The recipe: what trains in which epoch, with which optimiser, on which batches."""
 
 import copy
+import math
 import shlex
+from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import losses
 import train
 from losses import LOSSES
 from net import create_model
 from recipe import (
-    OPTIMIZERS,
     Training,
     build_criterion,
     build_optimizer,
@@ -20,14 +23,15 @@ from recipe import (
     settle_loss,
     train_step,
 )
-from runs.checkpoint import capture, restore
+from runs.checkpoint import capture
+from runs.results import Epoch
 from tests.conftest import TINY, make_cub, metrics, run_folder
 
 
 def recipe(flags=""):
     args = train.build_parser().parse_args(shlex.split(TINY + flags))
     settle_loss(args)
-    model = create_model("toy", 8, disent=args.disent)
+    model = create_model(args.model, 8, disent=args.disent)
     criterion = build_criterion(args, 2)
     return args, model, criterion
 
@@ -60,30 +64,58 @@ def test_optimizers_have_the_published_settings(optimizer, kind, settings):
         assert {name: group[name] for name in settings} == settings and group["weight_decay"] == 0.5
 
 
-def trained(monkeypatch, fused, steps, checkpoint=None):
-    """A checkpoint of AdamW's, fused or not, after some steps, the first of them of warm-up."""
-    monkeypatch.setitem(OPTIMIZERS, "adamw", (torch.optim.AdamW, {"fused": fused}))
+class NoWaits(TorchDispatchMode):
+    """Raises where an operation would make the host wait for a CUDA device."""
+
+    WAIT = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2",
+            "unique_dim", "unique_consecutive", "is_nonzero"}  # fmt: skip
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        assert name not in self.WAIT and not by_mask, f"{op} waits for the device"
+        return op(*args, **(kwargs or {}))
+
+
+def test_the_tool_of_the_next_test_sees_waits():
+    x = torch.ones(3)
+    for waits in (lambda: x.sum().item(), lambda: x[x > 0], lambda: bool((x > 0).all())):
+        with NoWaits(), pytest.raises(AssertionError, match="waits"):
+            waits()
+
+
+@pytest.mark.parametrize("flags", ["", "--bn-freeze 0", "--optimizer sgd", "--optimizer adam",
+                                   "--model bn_inception"])  # fmt: skip
+def test_a_step_of_ddml_never_waits_for_the_device(monkeypatch, flags):
+    monkeypatch.setattr(losses, "require_fit", lambda *args, **kwargs: None)  # looks on CPUs alone
+    args, model, criterion = recipe(flags)
+    optimizer, _ = build_optimizer(args, model, criterion)
+    prepare_epoch(model, 0, 0, args.bn_freeze)
+    epoch, labels = Epoch(0), torch.arange(4) % 2
+    pixels = torch.randint(256, (4, args.image_size, args.image_size, 3), dtype=torch.uint8)
+    with NoWaits():
+        for _ in range(2):
+            noise = loss_noise((4, args.embedding_size), torch.device("cpu"))
+            values = train_step(model, criterion, optimizer, model.prepare(pixels), labels, noise)
+            epoch.add(values)
+    epoch.fetch(None)
+    assert epoch.totals["loss"] > 0
+
+
+def test_a_step_that_is_not_finite_is_skipped_by_a_fused_optimizer():
     training = Training(recipe()[0], 2, torch.device("cpu"), None)
-    if checkpoint:
-        restore(training, checkpoint, "a checkpoint")
-    for step in steps:
-        torch.manual_seed(step)
-        prepare_epoch(training.model, epoch=step, warm=1, bn_freeze=True)
-        images, labels = torch.randn(4, 3, 32, 32), torch.arange(4) % 2
-        train_step(training.model, training.criterion, training.optimizer, images, labels)
-    assert all(group["fused"] is fused for group in training.optimizer.param_groups)
-    return copy.deepcopy(capture(training))
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_checkpoint_of_fused_adamw_continues_in_the_plain_one_and_back(monkeypatch, fused):
-    expected = trained(monkeypatch, None, range(6))
-    first = trained(monkeypatch, fused, range(3))
-    found = trained(monkeypatch, not fused, range(3, 6), first)
-    for part in ("model_state_dict", "criterion_state_dict"):
-        torch.testing.assert_close(found[part], expected[part], rtol=1e-5, atol=1e-6)
-    states = [side["optimizer_state_dict"]["state"] for side in (found, expected)]
-    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-6)
+    prepare_epoch(training.model, 0, 0, True)
+    step = partial(train_step, training.model, training.criterion, training.optimizer)
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4) % 2
+    step(images, labels)
+    before = copy.deepcopy(capture(training))
+    images[0, 0, 0, 0] = math.nan
+    assert step(images, labels)["loss"].isnan()
+    after = capture(training)
+    for part in ("model_state_dict", "criterion_state_dict", "optimizer_state_dict"):
+        torch.testing.assert_close(after[part], before[part], rtol=0, atol=0)
+    assert before["optimizer_state_dict"]["state"]
 
 
 def trainable(model):
@@ -136,9 +168,9 @@ def test_main_wires_the_recipe_into_every_step(here, monkeypatch, flags):
     steps = []
     original = train.train_step
 
-    def spy(model, criterion, optimizer, images, labels, noise):
+    def spy(model, criterion, optimizer, images, labels, noise, batch_size):
         before = model.model.conv.weight.detach().clone()
-        values = original(model, criterion, optimizer, images, labels, noise)
+        values = original(model, criterion, optimizer, images, labels, noise, batch_size)
         steps.append({
             "lr": [group["lr"] for group in optimizer.param_groups],
             "moved": not torch.equal(before, model.model.conv.weight),
