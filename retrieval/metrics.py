@@ -9,7 +9,7 @@ from retrieval.exact import exact_products
 from utils import plural, progress, warn
 
 
-def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_size=1024):
+def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_size=None):
     """{k: fraction of the queries with an image of their class among their k nearest}; arguments,
     ties and queries without a match as in hits_at_k."""
     hits = hits_at_k(embeddings, labels, ks, gallery, gallery_labels, chunk_size)
@@ -18,7 +18,7 @@ def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk
 
 @torch.no_grad()
 @exact_products()
-def hits_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_size=1024):
+def hits_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_size=None):
     """{k: [N], whether a query has an image of its class among its k nearest}.
 
     embeddings [N, d], L2-normalised, so that their dot product is the cosine; labels [N]; the
@@ -26,9 +26,11 @@ def hits_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_s
     its own results by index. Exact: a similarity that float32 cannot tell from the best match's
     is computed again in float64, and one that is equal there counts as ahead of it. A query
     without a match counts as a miss and is reported. Similarities exist in tiles of chunk_size^2,
-    at which several processes, each with all embeddings, take turns.
+    at which several processes, each with all embeddings, take turns; on a GPU they are larger, and
+    it is not waited for between them.
     """
     itself = gallery is None
+    size = chunk_size or (8192 if embeddings.is_cuda else 1024)
     _check(embeddings, labels, gallery, gallery_labels)
     if min(ks) < 1:
         raise ValueError(f"K is {min(ks)}, must be at least 1")
@@ -40,8 +42,9 @@ def hits_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_s
     # times the precision, more than a dot product's rounding comes to
     slack = 8 * math.sqrt(embeddings.shape[1]) * longest[0] * longest[1]
 
-    best = _best_match(query, gallery, itself, chunk_size)
-    least, most = _count_ahead(query, gallery, itself, best, slack * 2**-24, chunk_size)
+    tiles = _with_matches(query[1], gallery[1], size)
+    best = _best_match(query, gallery, itself, tiles, size)
+    least, most = _count_ahead(query, gallery, itself, best, slack * 2**-24, tiles, size)
     close = torch.stack([(least < k) & (k <= most) for k in ks]).any(dim=0) & best.isfinite()
     for rows in close.nonzero().flatten().split(128):
         most[rows] = _count_exactly(query, gallery, itself, rows, slack * 2**-53)
@@ -60,7 +63,7 @@ def precision_at_r(embeddings, labels, gallery=None, gallery_labels=None, memory
     query with R matches, the fraction that match, and their average precision; means over queries.
 
     Arguments, ties and queries without a match as in hits_at_k; all is computed in float64, in
-    chunks of queries whose similarities take `memory` bytes.
+    chunks of queries whose similarities take `memory` bytes, at which processes take turns.
     """
     itself = gallery is None
     _check(embeddings, labels, gallery, gallery_labels)
@@ -68,8 +71,8 @@ def precision_at_r(embeddings, labels, gallery=None, gallery_labels=None, memory
         gallery, gallery_labels = embeddings, labels
     y = gallery.double()
     longest = torch.linalg.vector_norm(y, dim=1).max()
-    sums = torch.zeros(2, dtype=torch.float64, device=y.device)
-    chunks = torch.arange(len(labels)).split(max(1, memory // (8 * len(y))))
+    found = torch.zeros(2, len(labels), dtype=torch.float64, device=y.device)
+    chunks = turns(torch.arange(len(labels)).split(max(1, memory // (8 * len(y)))))
     for rows in progress(chunks, len(chunks), "MAP@R"):
         x = embeddings[rows].double()
         similarity, match = x @ y.T, labels[rows, None] == gallery_labels
@@ -83,12 +86,12 @@ def precision_at_r(embeddings, labels, gallery=None, gallery_labels=None, memory
         slack = 8 * math.sqrt(y.shape[1]) * 2**-53 * x.norm(dim=1, keepdim=True) * longest
         # others at least as similar as the i-th match: as many as are ahead of it, up to R
         ahead = torch.searchsorted(-others, -(matches - slack), right=True)
-        found = torch.arange(1, width + 1, device=y.device, dtype=torch.float64)
-        within = (found + ahead <= R) & matches.isfinite()
-        precision = found / (found + ahead)
-        for total, hits in zip(sums, (precision * within, within)):
-            total += (hits / R).sum()
-    return dict(zip(("MAP@R", "R-Precision"), (sums / len(labels)).tolist()))
+        number = torch.arange(1, width + 1, device=y.device, dtype=torch.float64)
+        within = (number + ahead <= R) & matches.isfinite()
+        precision = number / (number + ahead)
+        found[:, rows] = torch.stack([precision * within, within]).div(R).sum(dim=2)
+    means = all_reduced(found).mean(dim=1).tolist()
+    return dict(zip(("MAP@R", "R-Precision"), means))
 
 
 def _check(embeddings, labels, gallery, gallery_labels):
@@ -115,32 +118,36 @@ def _sorted_by_label(x, labels):
     return (x[order], labels[order]), order
 
 
-def _columns(labels, gallery_labels):
-    """The range of the sorted gallery that holds the matches of sorted queries."""
-    start = torch.searchsorted(gallery_labels, labels[:1])
-    return int(start), int(torch.searchsorted(gallery_labels, labels[-1:], right=True))
+def _with_matches(labels, gallery_labels, size):
+    """[(rows, low, high)]: sorted queries in tiles, and the range of the sorted gallery that holds
+    their matches. One wait for the device, however many there are."""
+    tiles = _slices(0, len(labels), size)
+    first, last = labels[::size].contiguous(), labels[[rows.stop - 1 for rows in tiles]]
+    low = torch.searchsorted(gallery_labels, first)
+    high = torch.searchsorted(gallery_labels, last, right=True)
+    return [(rows, *ends) for rows, ends in zip(tiles, torch.stack([low, high], dim=1).tolist())]
 
 
 def _slices(start, stop, size):
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
-def _best_match(query, gallery, itself, size):
+def _best_match(query, gallery, itself, tiles, size):
     """[N] similarity of each query's best match; -inf where it has none."""
     (x, labels), (y, gallery_labels) = query, gallery
     best = torch.full((len(x),), -math.inf, device=x.device)
-    for rows in turns(_slices(0, len(best), size)):
-        for columns in _slices(*_columns(labels[rows], gallery_labels), size):
-            similarity = x[rows].float() @ y[columns].float().T
-            match = labels[rows, None] == gallery_labels[columns]
-            if itself:  # differs: the query is excluded by index, not by dropping the first hit
-                match.diagonal(rows.start - columns.start).fill_(False)
-            found = similarity.masked_fill_(~match, -math.inf).amax(dim=1)
-            best[rows] = torch.maximum(best[rows], found)
+    pairs = [(rows, columns) for rows, low, high in tiles for columns in _slices(low, high, size)]
+    for rows, columns in turns(pairs):
+        similarity = x[rows].float() @ y[columns].float().T
+        match = labels[rows, None] == gallery_labels[columns]
+        if itself:  # differs: the query is excluded by index, not by dropping the first hit
+            match.diagonal(rows.start - columns.start).fill_(False)
+        found = similarity.masked_fill_(~match, -math.inf).amax(dim=1)
+        best[rows] = torch.maximum(best[rows], found)
     return all_reduced(best, "max")
 
 
-def _count_ahead(query, gallery, itself, best, slack, size):
+def _count_ahead(query, gallery, itself, best, slack, tiles, size):
     """([N], [N]) non-matching items that are surely, and possibly, as similar as the best match.
 
     Among themselves each pair of images is looked at once, for both of its queries.
@@ -148,21 +155,23 @@ def _count_ahead(query, gallery, itself, best, slack, size):
     (x, labels), (y, gallery_labels) = query, gallery
     bounds = (best.double() + slack).float(), (best.double() - slack).float()
     counts = torch.zeros(2, len(x), device=x.device, dtype=torch.float64)
-    flags = torch.empty(size * size, device=x.device)
-    tiles = turns(_slices(0, len(x), size))
-    for rows in progress(tiles, len(tiles), "recall"):
-        low, high = _columns(labels[rows], gallery_labels)
-        for columns in _slices(rows.start if itself else 0, len(y), size):
-            similarity = x[rows].float() @ y[columns].float().T
-            if low < columns.stop and columns.start < high:
-                match = labels[rows, None] == gallery_labels[columns]
-                similarity.masked_fill_(match, -math.inf)  # the query itself among them
-            ahead = flags[: similarity.numel()].view_as(similarity)
-            for count, bound in zip(counts, bounds):
-                # comparing into floats and adding them up is far faster than through booleans
-                count[rows] += torch.ge(similarity, bound[rows, None], out=ahead).sum(dim=1)
-                if itself and columns.start > rows.start:
-                    count[columns] += torch.ge(similarity, bound[columns], out=ahead).sum(dim=0)
+    flags = torch.empty(min(size, len(x)) * min(size, len(y)), device=x.device)
+    pairs = turns([
+        (rows, columns, low < columns.stop and columns.start < high)
+        for rows, low, high in tiles
+        for columns in _slices(rows.start if itself else 0, len(y), size)
+    ])  # fmt: skip
+    for rows, columns, matches in progress(pairs, len(pairs), "recall"):
+        similarity = x[rows].float() @ y[columns].float().T
+        if matches:
+            match = labels[rows, None] == gallery_labels[columns]
+            similarity.masked_fill_(match, -math.inf)  # the query itself among them
+        ahead = flags[: similarity.numel()].view_as(similarity)
+        for count, bound in zip(counts, bounds):
+            # comparing into floats and adding them up is far faster than through booleans
+            count[rows] += torch.ge(similarity, bound[rows, None], out=ahead).sum(dim=1)
+            if itself and columns.start > rows.start:
+                count[columns] += torch.ge(similarity, bound[columns], out=ahead).sum(dim=0)
     return all_reduced(counts).long()
 
 

@@ -19,7 +19,7 @@ from retrieval import metrics
 from retrieval.embed import embed
 from retrieval.metrics import precision_at_r
 from retrieval.search import nearest
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Waits
 
 KS = (1, 2, 4, 8, 100)
 
@@ -60,6 +60,16 @@ def test_agrees_with_brute_force_for_any_chunk_size(chunk_size, dtype):
     expected = brute_force(x, labels, KS)
     assert 0 < expected[1] < expected[8] < 1
     assert recall_at_k(x, labels, KS, chunk_size=chunk_size) == expected
+
+
+def test_waits_for_the_device_do_not_grow_with_the_tiles():
+    x, labels = F.normalize(torch.randn(200, 16)), torch.arange(200) // 5
+    counts = set()
+    for chunk_size in (8, 256):
+        with Waits() as waits:
+            recall_at_k(x, labels, KS, chunk_size=chunk_size)
+        counts.add(len(waits.seen))
+    assert len(counts) == 1 and 0 < counts.pop() < 12
 
 
 @pytest.mark.parametrize("chunk_size", [1, 17, 64, 1024])
