@@ -243,7 +243,7 @@ def main(argv=None):
     set_precision(args.precision)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
     with first_alone():
         train, test = load_images(args)
         weights = None if checkpoint else args.weights

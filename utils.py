@@ -58,9 +58,11 @@ def run(main, name=None):
     except RuntimeError as error:
         if "gloo" in str(error) or "NCCL" in str(error):
             end(1, f"another process of this run has ended ({str(error).splitlines()[0]})")
-        if not str(error).startswith("DataLoader worker"):  # raised wherever the process then is
-            raise
         reason = str(error).splitlines()[0]
+        if "does not have a deterministic implementation" in reason:
+            end(2, f"error: --deterministic: {reason.split(', but')[0]}; train without the flag")
+        if not reason.startswith("DataLoader worker"):  # raised wherever the process then is
+            raise
         end(2, f"error: a process died, perhaps for lack of memory; use fewer --workers ({reason})")
     except BrokenPipeError:  # whoever read our output, as in `| head`, has gone
         discard_output()

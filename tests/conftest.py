@@ -159,9 +159,10 @@ def no_account_no_network(monkeypatch, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def float32_products():
-    """No test finds the process as another one's --precision has left it."""
+def defaults_of_the_process():
+    """No test finds it as another one's --precision or --deterministic has left it."""
     utils.set_precision("fp32")
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from recipe import (
 )
 from runs.checkpoint import capture
 from runs.results import Epoch
-from tests.conftest import TINY, Waits, make_cub, metrics, run_folder
+from tests.conftest import TINY, Waits, fails, make_cub, metrics, run_folder
 
 
 def recipe(flags=""):
@@ -246,3 +246,13 @@ def test_a_step_on_cuda_equals_the_step_on_the_cpu_and_never_synchronises():
             torch.cuda.set_sync_debug_mode("default")
         losses.append(values["loss"].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_deterministic_stops_at_what_is_not(here, capsys, monkeypatch):
+    def not_deterministic(*args):
+        torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2))
+
+    make_cub(here / "data")
+    monkeypatch.setattr(train, "train_step", not_deterministic)
+    line = fails(TINY + "--deterministic", capsys)
+    assert "error: --deterministic: put_ does not have a deterministic implementation; " in line
