@@ -11,34 +11,32 @@ from PIL import Image
 from utils import generator
 
 AUGMENTATION = 1  # its stream of random numbers, beside the sampler's and the loss's
+TRIES, WIDEST = 10, math.log(4 / 3)
 
 
-def draw(seed, epoch, index, occurrence, size):
-    """(box, flip) for an image of `size` (width, height): a function of its arguments alone
-    (differs: the script draws from the state of workers and process). The box, (left, top, right,
-    bottom), is that of torchvision's RandomResizedCrop: an area of 8 to 100 %, a ratio of 3/4 to
-    4/3, and, after ten that do not fit, the largest such box in the centre."""
-    rng = generator(seed, AUGMENTATION, epoch, index, occurrence)
+def random_numbers(seed, epoch, count):
+    """[count, 23], uniform in [0, 1): what `draw` takes for each place in an epoch, a function of
+    seed and epoch (differs: the script draws from the state of workers and process)."""
+    rng = generator(seed, AUGMENTATION, epoch)
+    return torch.rand(count, 3 + 2 * TRIES, generator=rng)
 
-    def uniform(low, high):
-        return torch.empty(1).uniform_(low, high, generator=rng)
 
-    def integer(stop):
-        return torch.randint(stop, (1,), generator=rng).item()
-
-    width, height = size
-    low, high = torch.log(torch.tensor((3 / 4, 4 / 3)))
-    for _ in range(10):
-        area = width * height * uniform(0.08, 1).item()
-        ratio = torch.exp(uniform(low, high)).item()
+def draw(numbers, size):
+    """(box, flip) by 23 of the random numbers for an image of `size` (width, height). The box,
+    (left, top, right, bottom), is that of torchvision's RandomResizedCrop: an area of 8 to 100 %, a
+    ratio of 3/4 to 4/3, and, after ten that do not fit, the largest such box in the centre."""
+    (width, height), (down, across, coin) = size, numbers[:3]
+    for i in range(3, len(numbers), 2):
+        area = width * height * (0.08 + (1 - 0.08) * numbers[i])
+        ratio = math.exp((2 * numbers[i + 1] - 1) * WIDEST)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            top, left = integer(height - h + 1), integer(width - w + 1)
+            top, left = int(down * (height - h + 1)), int(across * (width - w + 1))
             break
     else:
         w, h = min(width, round(height * 4 / 3)), min(height, round(width / (3 / 4)))
         top, left = (height - h) // 2, (width - w) // 2
-    return (left, top, left + w, top + h), bool(torch.rand(1, generator=rng) < 0.5)
+    return (left, top, left + w, top + h), coin < 0.5
 
 
 def crop_and_flip(image, box, flip, size, interpolation="bilinear"):

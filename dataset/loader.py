@@ -63,14 +63,14 @@ def train_loader(
 ):
     """Seeded, augmented batches; call `loader.batch_sampler.set_epoch` before each epoch."""
     keys = EpochBatches(images, batch_size, seed, images_per_class)
-    work = Work(partial(augmented, images, size, seed, interpolation))
+    work = Work(partial(augmented, images, size, interpolation))
     return make_loader(work, workers, device, batch_sampler=keys)
 
 
-def augmented(images, size, seed, interpolation, key):
-    _, index, _ = key
+def augmented(images, size, interpolation, key):
+    index, numbers = key
     image = images.read(images.paths[index])
-    box, flip = draw(seed, *key, image.size)
+    box, flip = draw(numbers, image.size)
     return crop_and_flip(image, box, flip, size, interpolation), images.labels[index], index
 
 

@@ -1,10 +1,10 @@
-"""Which images are in which batch: a function of (seed, epoch) alone."""
-
-from collections import Counter
+"""Which images are in which batch, and by which numbers they are augmented: a function of (seed,
+epoch) alone."""
 
 import torch
 from torch.utils.data import Sampler
 
+from dataset.augment import random_numbers
 from distributed import part
 from utils import generator
 
@@ -12,8 +12,8 @@ ORDER = 0  # its stream of random numbers, beside the augmentation's and the los
 
 
 class EpochBatches(Sampler):
-    """Batches of keys (epoch, index, occurrence) for the epoch last given to `set_epoch`; an image
-    drawn again in an epoch is another occurrence.
+    """Batches of keys (index of an image, random numbers of its augmentation) for the epoch last
+    given to `set_epoch`.
 
     A random permutation with the last incomplete batch dropped; with `images_per_class` n, each
     batch instead holds n images, drawn with replacement, of each of batch_size / n classes.
@@ -41,18 +41,15 @@ class EpochBatches(Sampler):
 
     def whole_batches(self):
         order = self.balanced_order() if self.images_per_class else self.shuffled_order()
-        seen = Counter()
-        keys = []
-        for index in order[: len(self) * self.batch_size]:
-            keys.append((self.epoch, index, seen[index]))
-            seen[index] += 1
+        numbers = random_numbers(self.seed, self.epoch, len(self) * self.batch_size)
         for step in range(self.first_step, len(self)):
-            yield keys[step * self.batch_size : (step + 1) * self.batch_size]
+            batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            yield list(zip(order[batch], numbers[batch].tolist()))
 
     def files(self, epoch, step):
         """Paths of the images of one batch."""
         self.set_epoch(epoch, step)
-        return [self.paths[index] for _, index, _ in next(self.whole_batches())]
+        return [self.paths[index] for index, _ in next(self.whole_batches())]
 
     def shuffled_order(self):
         return torch.randperm(

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from scipy.io import loadmat, savemat
 from torchvision.transforms import RandomResizedCrop, v2
 
 import dataset
-from dataset import augment, demo
-from dataset.augment import crop_and_flip, draw, resize_and_crop, to_pixels
+from dataset import demo
+from dataset.augment import crop_and_flip, draw, random_numbers, resize_and_crop, to_pixels
 from dataset.files import read_image
 from dataset.loader import batches, test_loader, train_loader
 from dataset.sampler import EpochBatches
@@ -226,50 +227,56 @@ def test_an_image_is_tested_as_torchvision_resizes_and_crops_it(sides, size, int
     assert torch.equal(resize_and_crop(image, size, interpolation), theirs(image))
 
 
-@pytest.fixture
-def same_numbers(monkeypatch):
-    """Let torchvision and `draw` draw the same random numbers, those of a seed."""
+class SameNumbers:
+    """torch, for torchvision to draw a box with the uniform numbers that `draw` is given."""
 
-    def seed(number):
-        torch.manual_seed(number)
-        rng = torch.Generator().manual_seed(number)
-        monkeypatch.setattr(augment, "generator", lambda *key: rng)
+    def __init__(self, numbers):
+        self.places, self.tries = iter(numbers[:2]), iter(numbers[3:])
 
-    return seed
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *shape):
+        return self
+
+    def uniform_(self, low, high):
+        return torch.tensor([low + (high - low) * next(self.tries)], dtype=torch.double)
+
+    def randint(self, low, high, size):
+        return torch.tensor([int(next(self.places) * high)])
 
 
-@pytest.mark.parametrize("sides", [(90, 400), (300, 200), (1000, 9), (9, 1000), (500, 50)])
-def test_boxes_and_flips_are_torchvisions(same_numbers, sides):
-    image, flips = Image.new("RGB", sides), set()
-    for seed in range(40):
-        same_numbers(seed)
-        (left, top, right, bottom), flip = draw(0, 0, 0, 0, sides)
-        expected = *RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)), torch.rand(1)
-        assert (top, left, bottom - top, right - left, flip) == (*expected[:4], expected[4] < 0.5)
-        flips.add(flip)
-    assert flips == {True, False}
+@pytest.mark.parametrize("sides", [(90, 400), (300, 200), (1000, 9), (9, 1000), (500, 50), (1, 2)])
+def test_boxes_are_torchvisions_and_half_of_them_are_flipped(monkeypatch, sides):
+    image, flips = Image.new("RGB", sides), []
+    for numbers in random_numbers(1, 0, 200).tolist():
+        monkeypatch.setattr(torchvision.transforms.transforms, "torch", SameNumbers(numbers))
+        (left, top, right, bottom), flip = draw(numbers, sides)
+        theirs = RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3))
+        assert (top, left, bottom - top, right - left) == theirs
+        flips.append(flip)
+    assert 70 < sum(flips) < 130
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_augmented_pixels_are_torchvisions(same_numbers, interpolation):
-    crop = v2.RandomResizedCrop(224, interpolation=v2.InterpolationMode(interpolation))
-    theirs = v2.Compose([crop, v2.RandomHorizontalFlip(), to_pixels])
-    image = noise(400, 90)
-    for seed in range(10):
-        same_numbers(seed)
-        ours = crop_and_flip(image, *draw(0, 0, 0, 0, image.size), 224, interpolation)
-        assert torch.equal(ours, theirs(image))
+def test_augmented_pixels_are_torchvisions(interpolation):
+    image, mode = noise(400, 90), v2.InterpolationMode(interpolation)
+    for numbers in random_numbers(1, 0, 10).tolist():
+        box, flip = draw(numbers, image.size)
+        theirs = v2.functional.resize(image.crop(box), [224, 224], mode)
+        theirs = v2.functional.horizontal_flip(theirs) if flip else theirs
+        ours = crop_and_flip(image, box, flip, 224, interpolation)
+        assert torch.equal(ours, to_pixels(theirs))
 
 
-def test_what_is_drawn_is_a_function_of_seed_epoch_index_and_occurrence():
-    size = (400, 300)
+def test_what_is_drawn_is_a_function_of_seed_epoch_and_place():
     state = torch.get_rng_state()
-    first = draw(1, 2, 3, 4, size)
-    others = [draw(*key, size) for key in ((0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0))]
-    assert len({box for box, _ in [first, *others]}) == 5
+    first = random_numbers(1, 2, 50)
+    others = [first, random_numbers(0, 2, 50), random_numbers(1, 0, 50)]
+    assert len({draw(row, (400, 300)) for rows in others for row in rows.tolist()}) == 150
     assert torch.equal(state, torch.get_rng_state())
     torch.rand(10)  # what was drawn elsewhere does not matter
-    assert draw(1, 2, 3, 4, size) == first
+    assert torch.equal(random_numbers(1, 2, 50), first)
 
 
 # --- batches -----------------------------------------------------------------------------------
@@ -287,11 +294,12 @@ def cub(tmp_path):
 
 
 def test_a_batch_is_pixels_labels_and_the_index_of_each_image(cub):
+    numbers = iter(random_numbers(1, 0, 16)[::8].tolist())
     for pixels, labels, index in epoch_batches(cub, 0):
         assert pixels.dtype == torch.uint8 and pixels.shape == (8, 32, 32, 3)
         assert torch.equal(labels, cub.labels[index])
         image = read_image(cub.paths[index[0]])
-        drawn = draw(1, 0, int(index[0]), 0, image.size)
+        drawn = draw(next(numbers), image.size)
         assert torch.equal(pixels[0], crop_and_flip(image, *drawn, 32))
 
 
@@ -339,7 +347,7 @@ def test_loading_leaves_the_global_random_state_alone(cub):
 def order_of(images, epoch=0, seed=1, images_per_class=None):
     sampler = EpochBatches(images, 8, seed, images_per_class)
     sampler.set_epoch(epoch)
-    return [index for batch in sampler for _, index, _ in batch]
+    return [index for batch in sampler for index, _ in batch]
 
 
 def test_an_epoch_visits_images_once_and_drops_the_incomplete_batch(cub):
