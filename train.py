@@ -13,7 +13,7 @@ import torch
 
 import dataset
 import utils
-from dataset.cache import cache_in_memory
+from dataset.cache import keep_on_device, read_from_memory
 from dataset.files import UnreadableImage
 from dataset.images import digest_of_names
 from dataset.loader import batches, test_loader, train_loader
@@ -50,7 +50,9 @@ def build_parser():
         help="all: every class there is, to ship the network; none is left to test on")  # fmt: skip
     add("--IPC", type=at_least(1),
         help="balanced batches: this many images of each class in one; by default any")  # fmt: skip
-    add("--cache", default="none", choices=["none", "ram"], help="keep decoded images in memory")
+    add("--cache", default="none", choices=["none", "ram", "gpu"],
+        help="keep decoded images in memory; gpu: in that of the device that trains, GPU or CPU, "
+        "and make crops there")  # fmt: skip
 
     add = add_network_flags(parser, model_name, CHOICES)
     add("--weights", default="imagenet", help="imagenet, none, or a checkpoint's path")
@@ -204,23 +206,23 @@ def load_images(args):
     return train, test
 
 
-def read_from_memory(sets, workers):
-    """Decode all images of the sets once, into memory that they share."""
-    cache = cache_in_memory([path for images in sets for path in images.paths], workers)
-    for images in sets:
-        images.read = cache
-
-
 def build_loading(training, train, test):
     """The loader of training, and what evaluates the test images, None without any."""
     args, model, device = training.args, training.model, training.device
     size, batch_size = args.image_size, args.batch_size
     loading = {"workers": args.workers, "device": device, "interpolation": model.interpolation}
+    if args.cache == "ram":
+        read_from_memory([images for images in (train, test) if images], args.workers)
     train_batches = train_loader(
         train, size, batch_size, args.seed, images_per_class=args.IPC, **loading
     )
+    test_batches = test and test_loader(test, size, batch_size, **loading)
+    if args.cache == "gpu":
+        train_batches, test_batches = keep_on_device(
+            train, train_batches, test_batches, size, **loading
+        )
     test_scores = test and partial(
-        evaluate, model, test_loader(test, size, batch_size, **loading), device,
+        evaluate, model, test_batches, device,
         dataset.ks(args.dataset, args.ks), test.queries, args.metrics,
     )  # fmt: skip
     return train_batches, test_scores
@@ -252,8 +254,6 @@ def main(argv=None):
     training.model.num_features(args.image_size)  # ends here where the network cannot take it
     if args.compile:
         compile_backbone(training.model)
-    if args.cache == "ram":
-        read_from_memory([images for images in (train, test) if images], args.workers)
     epoch = Epoch(done)
     if checkpoint:
         restore(training, checkpoint, args.resume)

@@ -1,10 +1,12 @@
 """Loading batches on one core, with and without --cache, beside Pillow and torchvision as usual.
 
+`on device` is --cache gpu in the memory of the CPU: it makes the crops of `cached` by tensors.
 A batch is timed until it is ready for the device. Ours is of bytes then, which become floats there.
 """
 
 import contextlib
 import copy
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +17,7 @@ from PIL import Image
 from torchvision import transforms
 
 from benchmarks.timing import alternate, peak_mb, report
-from dataset.cache import cache_in_memory
+from dataset.cache import cache_in_memory, keep_on_device
 from dataset.images import ImageSet
 from dataset.loader import test_loader, train_loader
 
@@ -73,6 +75,11 @@ def measure(split, items, cache, rounds):
 
     peer = torch.utils.data.DataLoader(Usual(paths, usual(split)), BATCH, split == "train")
     loaders = {"ours": load(images), "cached": load(cached), "usual": peer}
+    if split == "train":
+        with contextlib.redirect_stdout(sys.stderr):
+            loaders["on device"], _ = keep_on_device(
+                images, load(images), None, 224, 1, CPU, "bilinear"
+            )
     sides = {
         name: lambda loader=loader: sum(len(batch[1]) for batch in loader)
         for name, loader in loaders.items()
@@ -86,6 +93,7 @@ def measure(split, items, cache, rounds):
         "usual images/s": IMAGES / seconds["usual"],
         "ours / usual": seconds["usual"] / seconds["ours"],
         "cached / ours": seconds["ours"] / seconds["cached"],
+        "on device / cached": seconds["cached"] / seconds.get("on device", math.nan),
         "peak MB": peak_mb(),
     }
 

@@ -1,15 +1,19 @@
-"""--cache ram: decoded images, so that a JPEG is decoded once and not in every epoch."""
+"""--cache: decoded images, so that a JPEG is decoded once and not in every epoch."""
 
 import contextlib
 import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from dataset.crops import DeviceBatches
 from dataset.files import read_image, size_of
-from dataset.loader import in_parallel
-from utils import UserError, plural, say
+from dataset.loader import batches, in_parallel
+from utils import UserError, plural, progress, say
+
+CPU = torch.device("cpu")
 
 
 class Cache:
@@ -44,23 +48,64 @@ def start_of_each(sizes):
 
 def cache_in_memory(paths, workers):
     """The Cache of these images, decoded by `workers` processes; UserError if it does not fit."""
+    descriptor, sizes = decoded("ram", paths, workers)
+    # the file has no name and is gone with this process; the path is for processes it starts
+    return Cache(f"/proc/{os.getpid()}/fd/{descriptor}", paths, sizes)
+
+
+def read_from_memory(sets, workers):
+    """--cache ram: decode all images of the sets once, into memory that they share."""
+    cache = cache_in_memory([path for images in sets for path in images.paths], workers)
+    for images in sets:
+        images.read = cache
+
+
+class Kept(list):
+    """The batches of a loader, loaded once and kept on a device."""
+
+    def __init__(self, loader, device):
+        super().__init__(progress(batches(loader, device), len(loader), "cropping test images"))
+        self.dataset = loader.dataset
+
+
+def keep_on_device(images, train_batches, test_batches, size, workers, device, interpolation):
+    """--cache gpu: the same batches of two loaders, the second of which may be None, from the
+    memory of a device: of the train `images` all pixels, of the test images their crops."""
+    tested = len(test_batches.sampler) if test_batches else 0
+    descriptor, sizes = decoded("gpu", images.paths, workers, device, 3 * size**2 * tested)
+    starts = start_of_each(sizes)
+    file = f"/proc/self/fd/{descriptor}"
+    pixels = torch.from_file(file, shared=True, size=int(starts[-1]), dtype=torch.uint8).to(device)
+    os.close(descriptor)  # on a GPU the decoded images leave this machine's memory, else they stay
+    keys = train_batches.batch_sampler
+    kept = DeviceBatches(keys, images.labels, pixels, starts, sizes, size, interpolation)
+    return kept, test_batches and Kept(test_batches, device)
+
+
+def decoded(cache, paths, workers, device=CPU, more=0):
+    """(descriptor of a file in memory with the pixels of these images, one after another, their
+    sizes); UserError if they and as many bytes `more` do not fit there, or on the device."""
     if not hasattr(os, "memfd_create"):
-        raise UserError("--cache ram: this needs Linux")
+        raise UserError(f"--cache {cache}: this needs Linux")
     sizes = np.array(in_parallel(size_of, paths, workers, "sizes of images"))
-    starts, available = start_of_each(sizes), available_memory()
-    needed = f"{plural(len(paths), 'image')}, {starts[-1] / 2**30:.1f} GiB decoded"
-    if starts[-1] > available:
-        raise UserError(
-            f"--cache ram: {needed}, and {available / 2**30:.1f} GiB of memory are free; "
-            "use --cache none"
-        )
-    say(f"--cache ram: {needed}")
-    # a file without a name, gone with this process; the path is for processes it starts
-    file = f"/proc/{os.getpid()}/fd/{os.memfd_create('decoded images')}"
+    starts = start_of_each(sizes)
+    needed = int(starts[-1]) + more
+    what = f"{plural(len(paths), 'image')}, {needed / 2**30:.1f} GiB decoded"
+    for place in (CPU, device):  # a GPU's images are decoded on its machine
+        if (free := available_memory(place)) < needed:
+            kind = "GPU memory" if place.type == "cuda" else "memory"
+            raise UserError(
+                f"--cache {cache}: {what}, and {free / 2**30:.1f} GiB of {kind} are free, "
+                f"{(needed - free) / 2**30:.3g} GiB too few; use --cache "
+                + ("ram" if kind == "GPU memory" else "none")
+            )
+    say(f"--cache {cache}: {what}")
+    descriptor = os.memfd_create("decoded images")
+    file = f"/proc/{os.getpid()}/fd/{descriptor}"
     os.truncate(file, starts[-1])
     jobs = [(file, *job) for job in zip(paths, sizes.tolist(), starts.tolist())]
     in_parallel(decode, jobs, workers, "decoding images")
-    return Cache(file, paths, sizes)
+    return descriptor, sizes
 
 
 def decode(job):
@@ -76,8 +121,11 @@ def decode(job):
             rest = rest[out.write(rest) :]
 
 
-def available_memory():
-    """Bytes that can be had without swapping: the machine's, and this container's if it is less."""
+def available_memory(device=CPU):
+    """Bytes that can be had: of a GPU's memory, or else, without swapping, of the machine's, and
+    this container's if that is less."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
     with contextlib.suppress(OSError, ValueError):  # no cgroup, or one without a limit

@@ -280,7 +280,7 @@ def test_killed_runs_continue_to_the_same_bits(here):
 
 
 @pytest.mark.parametrize("step, flags", [
-    (1, ""), (3, "--IPC 4 --optimizer sgd"), (3, "--model toy_with_dropout"),
+    (1, ""), (3, "--IPC 4 --optimizer sgd"), (3, "--model toy_with_dropout"), (3, "--cache gpu"),
 ])
 def test_a_run_interrupted_in_mid_epoch_continues_to_the_same_bits(here, monkeypatch, step, flags):
     make_cub(here / "data")

@@ -1,0 +1,182 @@
+"""--cache gpu: crops made by tensors, equal to Pillow's; here in the memory of the CPU."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import distributed
+import train
+from dataset import cache, crops
+from dataset.augment import crop_and_flip, draw, random_numbers
+from dataset.cache import keep_on_device, start_of_each
+from dataset.crops import resized_crops
+from dataset.images import ImageSet
+from dataset.loader import batches, test_loader, train_loader
+from tests import kill
+from tests.conftest import TINY, equal, fails, make_cub, run_folder, write_image
+
+CPU = torch.device("cpu")
+SIDES = [(40, 200), (60, 130), (200, 40), (150, 110), (64, 64), (64, 90), (90, 33), (3, 2), (1, 1)]
+
+
+def images_and_crops(size, interpolation):
+    """(bytes of images of SIDES, crops of them, the longest side, the same made by Pillow)."""
+    rng, rows, theirs = np.random.default_rng(0), [], []
+    images = [rng.integers(0, 256, (h, w, 3), np.uint8) for w, h in SIDES]
+    starts = start_of_each(np.array(SIDES)).tolist()
+    for number, numbers in enumerate(random_numbers(0, 0, 6 * len(SIDES)).tolist()):
+        which = number % len(SIDES)
+        width, height = SIDES[which]
+        (left, top, right, bottom), flip = draw(numbers, SIDES[which])
+        if number < len(SIDES):
+            left, top, right, bottom = 0, 0, width, height
+        start = starts[which] + 3 * (top * width + left)
+        rows.append((start, width, bottom - top, right - left, flip))
+        image, box = Image.fromarray(images[which]), (left, top, right, bottom)
+        theirs.append(crop_and_flip(image, box, flip, size, interpolation))
+    pixels = torch.from_numpy(np.concatenate([image.ravel() for image in images]))
+    return pixels, torch.tensor(rows), 200, torch.stack(theirs)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [64, 33, 1])
+def test_crops_are_pillows_to_the_byte(size, interpolation):
+    *where, theirs = images_and_crops(size, interpolation)
+    assert torch.equal(resized_crops(*where, size, interpolation), theirs)
+
+
+def test_crops_are_the_same_where_products_round_their_factors(monkeypatch):
+    *where, theirs = images_and_crops(33, "bicubic")
+    exact, rounded = torch.Tensor.__matmul__, []
+
+    def product(a, b):
+        rounded.append(a)
+        return exact(a.half().float(), b.half().float())  # to 11 bits, as TensorFloat-32
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    assert torch.equal(resized_crops(*where, 33, "bicubic"), theirs) and len(rounded) == 2
+
+
+def test_the_order_of_the_passes_is_that_of_the_pillow_that_is_installed(monkeypatch):
+    *where, theirs = images_and_crops(33, "bilinear")
+    monkeypatch.setattr(crops, "TALL_BY_ROWS", not crops.TALL_BY_ROWS)
+    assert not torch.equal(resized_crops(*where, 33), theirs)
+
+
+def test_crops_never_wait_for_the_device():
+    pixels, table, longest, _ = images_and_crops(33, "bilinear")
+    there = resized_crops(pixels.to("meta"), table.to("meta"), longest, 33, "bicubic")
+    assert there.shape == (len(table), 33, 33, 3)  # nothing on `meta` has a value to be asked for
+
+
+# --- batches -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    for i in range(12):
+        write_image(tmp_path / f"{i % 2}/{i}.jpg", seed=i, mode="L" if i == 3 else "RGB")
+    return ImageSet([(str(path), path.parent.name) for path in sorted(tmp_path.rglob("*.jpg"))])
+
+
+def loaders(images, workers=0):
+    loading = {"workers": workers, "device": CPU, "interpolation": "bicubic"}
+    return (train_loader(images, 32, 4, seed=1, **loading), test_loader(images, 32, 5, **loading))
+
+
+def kept(images, workers=0):
+    loading = {"workers": workers, "device": CPU, "interpolation": "bicubic"}
+    return keep_on_device(images, *loaders(images), 32, **loading)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_from_the_devices_memory_are_those_of_the_workers(mixed, workers):
+    (theirs, tested), (ours, kept_tests) = loaders(mixed), kept(mixed, workers)
+    for loader in (theirs, ours):
+        loader.batch_sampler.set_epoch(2, first_step=1)
+    assert equal(list(batches(theirs, CPU)), list(batches(ours, CPU)))
+    assert equal(list(batches(tested, CPU)), kept_tests) and len(kept_tests) == 3
+    assert len(ours) == 3 and len(list(ours)) == 2
+
+
+def test_a_batch_is_made_in_pieces_that_bound_its_memory(mixed, monkeypatch):
+    ours, seen = kept(mixed)[0], []
+    whole = list(ours)
+
+    def watched(pixels, table, longest, *rest):
+        assert table[:, 2:4].max() == longest
+        seen.append(len(table) * max(longest, 32) ** 2)
+        return resized_crops(pixels, table, longest, *rest)
+
+    monkeypatch.setattr(crops, "resized_crops", watched)
+    monkeypatch.setattr(crops, "PIXELS", 10_000)
+    assert equal(list(ours), whole) and len(seen) > len(whole) and max(seen) <= 10_000
+
+
+def test_each_process_makes_the_crops_of_its_rows(mixed, monkeypatch):
+    ours = kept(mixed)[0]
+    whole = list(ours)
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(list(ours))
+    assert equal([map(torch.cat, zip(*batch)) for batch in zip(*shares)], whole)
+
+
+# --- runs --------------------------------------------------------------------------------------
+
+
+def test_a_run_from_the_devices_memory_is_that_from_the_files(here):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--LOG_DIR files"))
+    train.main(shlex.split(TINY + "--epochs 1 --cache gpu --workers 1"))
+    train.main(shlex.split(TINY + "--resume --cache gpu"))
+    kill.assert_same_run(run_folder(here), next(here.glob("files/*/*")))
+
+
+@pytest.mark.parametrize("place, way_out", [("memory", "none"), ("GPU memory", "ram")])
+def test_images_that_do_not_fit_are_refused_in_a_line_that_says_by_how_much(
+    here, capsys, monkeypatch, place, way_out
+):
+    make_cub(here / "data")
+    monkeypatch.setattr(cache, "decode", None)
+    if place == "memory":
+        monkeypatch.setattr(cache, "available_memory", lambda device: 1000)
+        assert "GiB too few; use --cache none" in fails(TINY + "--cache gpu", capsys)
+    else:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20 // 4, 2**40))
+        images = ImageSet([(str(path), "") for path in here.rglob("Bird_*.jpg")])
+        gpu, needed = torch.device("cuda", 0), sum(3 * w * h for w, h in sizes_of(images))
+        with pytest.raises(cache.UserError) as error:
+            cache.decoded("gpu", images.paths, 0, gpu, more=2**20)
+        assert f"{(needed + 2**20 * 3 / 4) / 2**30:.3g} GiB too few" in str(error.value)
+        assert "of GPU memory are free" in str(error.value) and "--cache ram" in str(error.value)
+
+
+def sizes_of(images):
+    return [Image.open(path).size for path in images.paths]
+
+
+@pytest.mark.parametrize("split", ["001.Bird_0", "004.Bird_3"])
+def test_a_damaged_image_ends_the_run_in_one_line_before_it_trains(here, capsys, split):
+    make_cub(here / "data")
+    torn = next((here / "data").rglob(f"{split}/Bird_0003.jpg"))
+    torn.write_bytes(torn.read_bytes()[:-200])
+    assert str(torn.relative_to(here)) in fails(TINY + "--cache gpu", capsys)
+
+
+def test_the_version_of_pillow_is_recorded_and_another_one_warned_of(here, capsys):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--epochs 1 --cache gpu"))
+    args = run_folder(here) / "args.json"
+    described = json.loads(args.read_text())
+    assert described["versions"]["pillow"] == Image.__version__
+    described["versions"]["pillow"] = "9.9"
+    args.write_text(json.dumps(described))
+    train.main(shlex.split(TINY + "--resume --cache gpu"))
+    assert "'pillow': '9.9'" in capsys.readouterr().err
