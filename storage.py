@@ -25,48 +25,47 @@ def temporary_of(path):
     return path.with_name(f".{path.name}.tmp")
 
 
-def write_atomically(path, data, keep=None):
-    """Replace `path` by the bytes `data`: all of it or nothing, even when the machine stops. With
-    `keep`, what was there before is kept under that path."""
+@contextlib.contextmanager
+def replacing(path, keep=None, needed=""):
+    """In a `with`, the path of a new file that takes the place of `path` at the end: all of it or
+    nothing, even when the machine stops. With `keep`, what was there before is kept under that
+    path; `needed` is what else the one line says where it could not be written."""
     path = Path(path)
     temporary = temporary_of(path)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        yield temporary
+        sync(temporary)
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+        sync(path.parent)  # the renames have to reach the disk too
+    except OSError as error:
+        reason = error.strerror or error
+        if error.filename and Path(error.filename) != temporary:  # what was to be written, say
+            reason = f"{error.filename}: {reason}"
+        raise UserError(f"{path}: cannot be written{needed} ({reason})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path, data, keep=None):
+    with replacing(path, keep, f", {len(data):,} bytes needed") as new:
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             rest = memoryview(data)
             while rest:
                 rest = rest[os.write(descriptor, rest[: 2**24]) :]
-            os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the renames have to reach the disk too
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise UserError(
-            f"{path}: cannot be written, {len(data):,} bytes needed ({error.strerror or error})"
-        ) from error
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """In a `with`, the path of a new file that takes the place of `path` at the end; nothing of it
-    is left, and one line says why, where it could not be written."""
-    temporary = temporary_of(path)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def require_writable(args, *flags):

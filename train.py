@@ -136,13 +136,16 @@ def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
     and the exception says how to go on."""
     args, files = training.args, train_batches.batch_sampler.files
 
-    def save():
+    def save(finished=False):
         epoch.fetch(files)
         if run_folder:
-            run_folder.save(capture(training, epoch.so_far()))
+            run_folder.wait()  # else there would be two copies of the state at a time
+            run_folder.save(capture(training, None if finished else epoch.so_far()))
 
     def after_step():
         stop.check(most)
+        if run_folder:
+            run_folder.look()
         if args.checkpoint_every and epoch.step % args.checkpoint_every == 0:
             save()
         elif most(time.perf_counter() > epoch.fetched + FETCH_SECONDS):
@@ -166,14 +169,12 @@ def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
         if isinstance(error, Interrupted):
             error.note = go_on
             raise
-        raise type(error)(
-            f"{error}. What was trained is saved; with a good file in its place, {go_on}"
-        ) from error
+        raise type(error)(f"{error}. What was trained is saved; with a good file in its place, "
+                          f"{go_on}") from error  # fmt: skip
     result = result_of(training, epoch, len(train_batches), scores, time.perf_counter() - started)
     training.history.append(result)
     training.scheduler.step()
-    if run_folder:
-        run_folder.save_epoch(capture(training))
+    save(finished=True)
     return result, retrieved
 
 
@@ -264,14 +265,13 @@ def main(argv=None):
         following = recorded(run_folder, training, argv, mode, train, test, checkpoint)
     with following as wandb_run:
         announce(training, len(train_batches), run_folder)
-        with Stop() as stop:
+        with Stop() as stop, run_folder or contextlib.nullcontext():  # in here are all saves
             retrieved = train_from(
                 epoch, training, train_batches, test_scores, run_folder, stop, wandb_run
             )
             if test and not retrieved:  # all was trained before; what is left is to draw
                 _, *retrieved = test_scores(watch=stop.between)
         if run_folder:
-            run_folder.previous.unlink(missing_ok=True)  # a finished run needs no second one
             about = test and f"{describe('test', test)}. Below, the last epoch's network."
             draw(run_folder, training.history, about, test, retrieved, wandb_run)
     if run_folder:

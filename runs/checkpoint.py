@@ -19,9 +19,9 @@ FREE_ON_RESUME = {"epochs", "metrics", "workers", "cache", "gpu_id", "data_root"
 
 
 def capture(training, partial=None):
-    """A checkpoint: of a finished epoch, or with `partial` of the one that it has begun."""
-    require_finite(training)
-    return {
+    """A checkpoint: of a finished epoch, or with `partial` of the one that it has begun. It is a
+    copy in the host's memory: training can go on while it is written."""
+    checkpoint = copied({
         "model_state_dict": training.model.state_dict(),  # differs: the script saves this alone
         "criterion_state_dict": training.criterion.state_dict(),
         "optimizer_state_dict": training.optimizer.state_dict(),
@@ -30,7 +30,20 @@ def capture(training, partial=None):
         "args": vars(training.args),
         "history": training.history,
         "images": training.images,  # which they are: with other ones it is another run
-    }
+    })  # fmt: skip
+    require_finite(training)  # waits for the device, and so for the copies
+    return checkpoint
+
+
+def copied(value):
+    """A state with its tensors in the host's memory; a GPU's are there after the next wait. So the
+    thread that writes them has no need of CUDA, where it could break another's capture of a graph.
+    """
+    if torch.is_tensor(value):
+        return value.to("cpu", non_blocking=True, copy=True)
+    if isinstance(value, dict):
+        return {key: copied(part) for key, part in value.items()}
+    return [copied(part) for part in value] if isinstance(value, list) else value
 
 
 def network_alone(checkpoint):

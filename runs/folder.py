@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,7 +18,8 @@ LOCK_SECONDS = 10  # before version 4 of filelock, a killed run's workers hold i
 
 
 class RunFolder:
-    """Where a run's files are; every file is replaced whole, never written in place."""
+    """Where a run's files are; every file is replaced whole, never written in place. In a `with`
+    are a run's saves: it ends when the last one is on the disk, whatever ends it."""
 
     def __init__(self, folder, name):
         """`name`, of the data set and the network, begins its files' names."""
@@ -33,6 +35,15 @@ class RunFolder:
         self.files = [self.args, self.metrics, self.results, self.curves, self.page, self.best,
                       self.last, self.previous]  # fmt: skip
         self.file_lock = FileLock(self.folder / ".lock", timeout=LOCK_SECONDS)
+        self.writing = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *exception):
+        self.wait()
+        if not kind:
+            self.previous.unlink(missing_ok=True)  # a finished run needs no second one
 
     def in_use(self):
         """Whether there is something to lose: a run that saved nothing may be started again."""
@@ -88,19 +99,36 @@ class RunFolder:
         write_atomically(self.metrics, lines.encode())
 
     def save(self, checkpoint):
-        """Save the state that --resume continues from; the one before is kept."""
+        """Write a checkpoint in a thread, after the save before it. UserError where that one could
+        not be written; where this one cannot be, the next `save`, `wait` or `look` raises it."""
+        self.wait()
+        self.writing = ThreadPoolExecutor(1).submit(self.write, checkpoint)
+
+    def wait(self):
+        """Until all that was saved is on the disk."""
+        try:
+            if self.writing:
+                self.writing.result()
+        finally:
+            self.writing = None  # and with it the frames of its error
+
+    def look(self):
+        """Raise what has gone wrong with a save so far."""
+        if self.writing and self.writing.done():
+            self.wait()
+
+    def write(self, checkpoint):
+        """Of a finished epoch, first the best network and the results. What --resume continues from
+        comes last, so that an interrupted save is an epoch that never happened; the checkpoint
+        before it is kept."""
+        history = checkpoint["history"]
+        if not checkpoint["partial"]:
+            if scores_of(history[-1]) and best_of(history) is history[-1]:
+                write_checkpoint(self.best, network_alone(checkpoint))
+            self.write_results(history)
         write_checkpoint(self.last, checkpoint, keep=self.previous)
         for file in self.files:
             Path(f"{file}{REPLACED}").unlink(missing_ok=True)
-
-    def save_epoch(self, checkpoint):
-        """Save a finished epoch. What --resume reads comes last, so that an interrupted save is
-        an epoch that never happened."""
-        history = checkpoint["history"]
-        if scores_of(history[-1]) and best_of(history) is history[-1]:
-            write_checkpoint(self.best, network_alone(checkpoint))
-        self.write_results(history)
-        self.save(checkpoint)
 
     def newest_checkpoint(self):
         """(path, checkpoint) of the newest that is not damaged, or None if there is none at all."""
