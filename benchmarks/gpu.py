@@ -1,0 +1,245 @@
+"""All that a GPU is for, on the one that is here, in about ten minutes: steps beside their
+roofline, embedding, saving, recall, loading, the CUB command from end to end. Needs a GPU."""
+
+import contextlib
+import io
+import json
+import shlex
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import train
+import utils
+from benchmarks.input import write_photo
+from benchmarks.timing import report
+from dataset.cache import keep_on_device
+from dataset.images import ImageSet
+from dataset.loader import in_parallel, train_loader
+from evaluate import recall_at_k
+from net import compile_backbone
+from recipe import Training, loss_noise, prepare_epoch, settle_loss, train_step
+from runs.checkpoint import capture
+from utils import UserError, set_precision
+
+DEVICE = torch.device("cuda")
+B, SIZE, WORKERS = 180, 224, 16
+PRODUCT, COPY = 8192, 2**30  # the side of a matrix, bytes: for the ceilings
+GALLERY, PER_CLASS = 60502, 59  # images of SOP, and of a class of CUB
+EPOCHS = {"none": 3, "ram": 3, "gpu": 60}  # by --cache
+GFLOP, MB = 12.2, 58  # of an image in a step: arithmetic, and traffic in 16 bit
+CUB = "--dataset cub --disent True --al 1.0 --be 0.1 --gam 0.00001 --weights none --wandb disabled "
+DEMO = (
+    CUB.replace("cub", "demo") + "--image-size 64 --batch-size 32 --embedding-size 64 --epochs 12 "
+    "--lr 1e-3 --lr-decay-step 8 --warm 0 --bn-freeze 0 --overwrite "
+)
+SETTINGS = {
+    "fp32": "",
+    "tf32": "--precision tf32",
+    "bf16": "--precision bf16",
+    "bf16, compiled": "--precision bf16 --compile",
+    "bf16, BatchNorm trained": "--precision bf16 --bn-freeze 0",
+    "bf16, warm-up": "--precision bf16 --warm 9",
+}
+
+
+def seconds_of(function, rounds=10):
+    """Median of calls that are waited for."""
+    times = []
+    for _ in range(rounds + 3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[3:])
+
+
+def ceilings():
+    """({precision: FLOP/s of a product}, bytes/s of a copy), measured."""
+    flops, n = {}, PRODUCT
+    for precision, dtype in (
+        ("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16)
+    ):  # fmt: skip
+        set_precision(precision)
+        x = torch.randn(n, n, device=DEVICE, dtype=dtype)
+        flops[precision] = 2 * n**3 / seconds_of(partial(torch.mm, x, x))
+    x = torch.empty(COPY, dtype=torch.uint8, device=DEVICE)
+    return flops, 2 * len(x) / seconds_of(partial(torch.empty_like(x).copy_, x))
+
+
+def step_with(flags):
+    """(a training step of 180 images of the CUB command, its Training)."""
+    args = train.build_parser().parse_args(shlex.split(CUB + flags))
+    settle_loss(args)
+    set_precision(args.precision)
+    training = Training(args, 100, DEVICE, None)
+    model = training.model
+    if args.compile:
+        compile_backbone(model)
+    prepare_epoch(model, 1, args.warm, args.bn_freeze)
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (B, SIZE, SIZE, 3), dtype=torch.uint8).to(DEVICE)
+    labels = (torch.arange(B) % 100).to(DEVICE)
+
+    def step():
+        noise = loss_noise((B, args.embedding_size), DEVICE)
+        return train_step(
+            model, training.criterion, training.optimizer, model.prepare(pixels), labels, noise
+        )
+
+    return step, training
+
+
+def steps():
+    """A step at each setting, and the share of what the measured ceilings would allow."""
+    flops, bandwidth = ceilings()
+    report([{"precision": name, "TFLOP/s": rate / 1e12, "copy GB/s": bandwidth / 1e9}
+            for name, rate in flops.items()], __doc__)  # fmt: skip
+    rows = []
+    for name, flags in SETTINGS.items():
+        torch.cuda.reset_peak_memory_stats()
+        step, training = step_with(flags)
+        seconds = seconds_of(step)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            step()
+            torch.cuda.synchronize()
+        precision = training.args.precision
+        traffic = MB * 1e6 * (1 if precision == "bf16" else 2) / bandwidth
+        roof = B * max(GFLOP * 1e9 / flops[precision], traffic)
+        rows.append({
+            "step in": name,
+            "ms": 1000 * seconds,
+            "images/s": B / seconds,
+            # a warm-up has no backward pass through the backbone
+            "of the roofline": roof / seconds if not training.args.warm > 1 else float("nan"),
+            "kernels": sum(event.device_type.name == "CUDA" for event in seen.events()),
+            "peak GiB": torch.cuda.max_memory_allocated() / 2**30,
+        })  # fmt: skip
+    report(rows, __doc__)
+
+
+def determinism():
+    """--deterministic: whether two runs of five steps end in the same bits, and what it costs."""
+    free, _ = step_with("")
+    torch.use_deterministic_algorithms(True)
+    ends = []
+    for _ in range(2):
+        step, training = step_with("")
+        for _ in range(5):
+            step()
+        ends.append(torch.cat([p.detach().flatten() for p in training.model.parameters()]))
+    bound = seconds_of(step)
+    torch.use_deterministic_algorithms(False)
+    report([{"--deterministic": "same bits" if torch.equal(*ends) else "OTHER BITS",
+             "time of a step, times": bound / seconds_of(free)}], __doc__)  # fmt: skip
+
+
+def embedding_and_saving():
+    rows = []
+    for precision in ("fp32", "tf32", "bf16"):
+        _, training = step_with(f"--precision {precision}")
+        pixels = torch.randint(256, (B, SIZE, SIZE, 3), dtype=torch.uint8, device=DEVICE)
+        images = training.model.eval().prepare(pixels)
+        with torch.inference_mode():
+            embeddings = B / seconds_of(partial(training.model.embed, images))
+        save = seconds_of(partial(capture, training))
+        rows.append({"precision": precision, "embeddings/s": embeddings,
+                     "s a save holds up training": save})  # fmt: skip
+    report(rows, __doc__)
+
+
+def recall():
+    """At SOP's size, beside one float32 product, in a process that has asked for TF32."""
+    set_precision("tf32")
+    torch.manual_seed(0)
+    labels = torch.arange(GALLERY, device=DEVICE) // 5
+    centres = torch.randn(int(labels[-1]) + 1, 512, device=DEVICE)
+    x = F.normalize(centres[labels] + 2.2 * torch.randn(len(labels), 512, device=DEVICE))
+    ours = seconds_of(lambda: recall_at_k(x, labels, (1, 10, 100, 1000)), 3)
+    set_precision("fp32")
+    product = seconds_of(lambda: [rows @ x.T for rows in x.split(8192)], 3)
+    report([{"recall at SOP's size": "", "ours s": ours, "product s": product,
+             "ours / product": ours / product}], __doc__)  # fmt: skip
+
+
+def crops():
+    """--cache gpu's batches of 180, beside those that Pillow makes in workers."""
+    with tempfile.TemporaryDirectory() as root:
+        jobs = [(Path(root, f"{i}.jpg"), i) for i in range(B)]
+        in_parallel(write_job, jobs, WORKERS, "drawing photographs")
+        images = ImageSet([(str(path), "photographs") for path, _ in jobs])
+        theirs = train_loader(images, SIZE, B, seed=0, workers=0, device=torch.device("cpu"))
+        ours, _ = keep_on_device(images, theirs, None, SIZE, WORKERS, DEVICE, "bilinear")
+        (made, *_), (expected, *_) = next(iter(ours)), next(iter(theirs))
+        difference = (made.cpu().int() - expected.int()).abs()
+    report([{"crops of --cache gpu": "", "ms a batch": 1000 * seconds_of(lambda: next(iter(ours))),
+             "grey levels off Pillow's": int(difference.max())}], __doc__)  # fmt: skip
+
+
+def run_of(flags):
+    """metrics.jsonl of a run of train.py, and its seconds from start to end."""
+    with tempfile.TemporaryDirectory() as logs, contextlib.redirect_stdout(io.StringIO()):
+        start = time.perf_counter()
+        train.main(shlex.split(f"{flags} --workers {WORKERS} --LOG_DIR {logs}"))
+        seconds = time.perf_counter() - start
+        (lines,) = Path(logs).glob("*/*/metrics.jsonl")
+        return [json.loads(line) for line in lines.read_text().splitlines()], seconds
+
+
+def runs():
+    """The CUB command on as many made-up photographs, by --cache; then its 60 epochs."""
+    rows = []
+    with tempfile.TemporaryDirectory() as root:
+        jobs = [(Path(root, f"CUB_200_2011/images/{c + 1:03d}.Bird/{i}.jpg"), PER_CLASS * c + i)
+                for c in range(200) for i in range(PER_CLASS)]  # fmt: skip
+        in_parallel(write_job, jobs, WORKERS, "drawing photographs")
+        for cache, epochs in EPOCHS.items():
+            flags = f"{CUB} --data-root {root} --precision bf16 --cache {cache} --epochs {epochs}"
+            history, seconds = run_of(flags)
+            rows.append({
+                "--cache": cache,
+                "epochs": epochs,
+                "images/s": statistics.median(e["images_per_second"] for e in history[1:]),
+                "s of evaluation": statistics.median(e["seconds_eval"] for e in history[1:]),
+                "s of all epochs": sum(e["seconds"] for e in history),
+                "s from start to end": seconds,
+            })
+    report(rows, __doc__)
+
+
+def write_job(job):
+    path, seed = job
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_photo(path, seed)
+
+
+def demo_recalls():
+    """`make demo`'s command with two seeds, in float32 and in bfloat16."""
+    rows = []
+    for precision in ("fp32", "bf16"):
+        ends = [run_of(f"{DEMO} --precision {precision} --seed {seed}")[0][-1] for seed in (1, 2)]
+        rows.append({"demo": precision, **{f"R@1, seed {seed}": end["R@1"]
+                                           for seed, end in enumerate(ends, start=1)}})  # fmt: skip
+    report(rows, __doc__)
+
+
+PARTS = (steps, determinism, embedding_and_saving, recall, crops, runs, demo_recalls)
+
+
+def main():
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA device here, and everything in this benchmark needs one")
+    print(torch.cuda.get_device_name(), torch.__version__)
+    for part in PARTS:
+        part()
+
+
+if __name__ == "__main__":
+    utils.run(main, "benchmarks.gpu")
