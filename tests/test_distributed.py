@@ -67,7 +67,7 @@ def test_a_run_of_two_processes_is_continued_by_three_and_by_one(here, capsys):
     make_cub(here / "data", classes=6)
     train.main(shlex.split(COMMAND + "--LOG_DIR alone --epochs 3"))
     (alone,) = here.glob("alone/*/*")
-    finished(torchrun(2, f"tests.toy {COMMAND} --workers 1 --epochs 1"))
+    finished(torchrun(2, f"tests.toy {COMMAND} --workers 1 --epochs 1 --cache gpu"))
     said = Path("log").read_text()
     assert said.count("epoch 0  loss") == 1 and "2 processes" in said
     finished(torchrun(3, f"tests.toy {COMMAND} --epochs 2 --resume"))
