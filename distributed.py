@@ -3,7 +3,9 @@ does nothing.
 
 A step of W processes is a step of one: each takes its rows of the batch through the network, the
 heads of all are gathered in order of rank, every process computes the loss of the whole batch, and
-gradients are averaged before they are clipped.
+gradients are averaged before they are clipped. With --shard-proxies it computes that loss from its
+part of the proxies, and sums over classes go over the processes. Either way what is differentiated
+is the sum of W equal losses, W times the one that is meant.
 """
 
 import atexit
@@ -17,6 +19,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils import UserError, choose_device
+
+BLOCK = 2**16  # rows in a message between two processes
 
 
 def world():
@@ -105,8 +109,8 @@ def of_each(x, rows):
 
 
 class Gather(torch.autograd.Function):
-    """Each process's `part` of a batch -> the batch [count, ...]. A row's gradient is complete in
-    its own process; times W, as gradients are averaged afterwards."""
+    """Each process's `part` of a batch -> the batch [count, ...]. A row's gradient is the sum of
+    all processes'."""
 
     @staticmethod
     def forward(ctx, x, count):
@@ -116,7 +120,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return part(gradient) * world(), None
+        return part(all_reduced(gradient.clone())), None
 
 
 def gather(x, count):
@@ -138,10 +142,13 @@ def all_reduced(x, op="sum"):
 
 
 def average_gradients(parameters):
-    """In one call; a parameter that has no gradient has none in any process."""
+    """In one call; a parameter that has no gradient has none in any process. Where each process has
+    its own part of a parameter, that part's gradient is complete."""
     if world() == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    for p in filter(is_part, parameters):
+        p.grad /= world()
+    gradients = [p.grad for p in parameters if p.grad is not None and not is_part(p)]
     flat = all_reduced(torch.cat([gradient.flatten() for gradient in gradients])) / world()
     sizes = [gradient.numel() for gradient in gradients]
     for gradient, average in zip(gradients, flat.split(sizes)):
@@ -158,6 +165,54 @@ class Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return all_reduced(gradient.clone())
+
+
+def largest(x):
+    """The entry by entry greatest of all processes' x, infinite where one is not finite."""
+    return all_reduced(x.detach().nan_to_num(torch.inf, torch.inf, -torch.inf), "max")
+
+
+def is_part(parameter):
+    """Whether each process has its own part of it: see to_first."""
+    return getattr(parameter, "is_part", False)
+
+
+def of_others(x):
+    """(process, rows) of x [C, ...] that the others have a `part` of, in messages."""
+    ends = shares(len(x))
+    for process in range(1, world()):
+        for rows in x[ends[process] : ends[process + 1]].split(BLOCK):
+            yield process, rows
+
+
+def to_first(x):
+    """[C, ...] of all processes' parts, in the memory of rank 0; None in the others."""
+    if world() == 1:
+        return x
+    C = int(all_reduced(torch.tensor(len(x))))
+    if rank():
+        for rows in x.split(BLOCK):
+            dist.send(rows.cpu(), 0)
+        return None
+    whole = torch.empty(C, *x.shape[1:], dtype=x.dtype)
+    part(whole).copy_(x)
+    for process, rows in of_others(whole):
+        dist.recv(rows, process)
+    return whole
+
+
+def part_from_first(x):
+    """This process's part of x [C, ...], whose values rank 0 has and whose shape the others."""
+    if world() == 1:
+        return x
+    mine = torch.empty_like(part(x), device="cpu")
+    if rank():
+        for rows in mine.split(BLOCK):
+            dist.recv(rows, 0)
+        return mine
+    for process, rows in of_others(x):
+        dist.send(rows, process)
+    return mine.copy_(part(x))
 
 
 class SharedBatchNorm(nn.BatchNorm2d):

@@ -3,8 +3,12 @@
 B batch, C classes, d embedding size: embeddings [B, d], labels [B] in 0 .. C - 1, proxies [C, d].
 A head [B, 2d] is [mu | s]: the mean, and the raw scale of std = softplus(s - 5). All is computed in
 float32 or better, under autocast too. This file needs nothing else of the repository.
+
+Several processes may hold a part of the proxies each (`Classes`): what is [C] or [B, C] below is
+that part of it, and sums over the classes are summed over processes.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,10 +29,44 @@ def l2_normalize(x):
     return x / (x.square().sum(dim=-1, keepdim=True) + 1e-12).sqrt()
 
 
-def require_fit(x, labels, proxies, parts=1):
+class Classes(NamedTuple):
+    """The C classes, and which of them have their proxies here: all, or a process's part. `total`
+    and `largest` make sums and maxima over these those over all C; the gradient of `total` is the
+    sum of all processes'."""
+
+    C: int
+    here: range
+    total: Callable = lambda x: x
+    largest: Callable = lambda x: x
+
+    def own(self, labels):
+        """[B, C], whether a class is the label's."""
+        here = torch.arange(self.here.start, self.here.stop, device=labels.device)
+        return labels[:, None] == here
+
+    def log_sum_exp(self, x):
+        """log(sum of exp x over the classes): [B, C] -> [B]."""
+        x = x.logsumexp(dim=1)
+        top = self.largest(x.detach())
+        return top + self.total((x - top).exp()).log()
+
+
+def initial_proxies(classes, d, block=2**16):
+    """[C, d], kaiming-normal (fan_out). Drawn a block after the other, whoever holds which: a part
+    is what it is in the whole, and no process has more than a block beside it."""
+    C, here = classes.C, classes.here
+    proxies, filled = torch.empty(len(here), d), 0
+    for first in range(0, C, block):
+        drawn = torch.empty(min(block, C - first), d).normal_(std=math.sqrt(2) / math.sqrt(C))
+        held = drawn[max(here.start - first, 0) : max(here.stop - first, 0)]
+        proxies[filled : filled + len(held)] = held
+        filled += len(held)
+    return proxies
+
+
+def require_fit(x, labels, C, d, parts=1):
     """ValueError unless x [B, parts * d] and labels [B] belong to proxies [C, d]. That labels are
     below C is looked at on the CPU alone: on a GPU every step would wait for the answer."""
-    C, d = proxies.shape
     if x.ndim != 2 or x.shape[1] != parts * d or labels.shape != x.shape[:1]:
         raise ValueError(f"embeddings {tuple(x.shape)} and labels {tuple(labels.shape)} do not fit "
                          f"each other or {C} proxies of {d} dimensions")  # fmt: skip
@@ -48,23 +86,24 @@ def log_one_plus_sum_exp(x, mask):
 class ProxyAnchor(nn.Module):
     """Kim et al., CVPR 2020, eq. 4, with learnable proxies."""
 
-    def __init__(self, num_classes, embedding_size, margin=0.1, alpha=32):
+    def __init__(self, num_classes, embedding_size, margin=0.1, alpha=32, classes=None):
         super().__init__()
         self.margin, self.alpha = margin, alpha
-        self.proxies = nn.Parameter(torch.empty(num_classes, embedding_size))
-        nn.init.kaiming_normal_(self.proxies, mode="fan_out")
+        self.classes = classes or Classes(num_classes, range(num_classes))
+        self.proxies = nn.Parameter(initial_proxies(self.classes, embedding_size))
 
     def forward(self, embeddings, labels):
         """embeddings [B, d] of any length, labels [B] -> scalar."""
-        require_fit(embeddings, labels, self.proxies)
+        C, total = self.classes.C, self.classes.total
+        require_fit(embeddings, labels, C, self.proxies.shape[1])
         with torch.autocast(embeddings.device.type, enabled=False):
             x, P = l2_normalize(at_least_float32(embeddings)), l2_normalize(class_proxies(self))
             c = x @ P.T                                                             # [B, C]
             # differs: no one-hot targets from the CPU, labels stay on the device
-            own = labels[:, None] == torch.arange(len(P), device=labels.device)     # [B, C]
+            own = self.classes.own(labels)                                          # [B, C]
             attract = log_one_plus_sum_exp(-self.alpha * (c - self.margin), own)    # [C], or 0
             repel = log_one_plus_sum_exp(self.alpha * (c + self.margin), ~own)      # [C]
-            return attract.sum() / own.any(dim=0).sum() + repel.mean()
+            return total(attract.sum()) / total(own.any(dim=0).sum()) + total(repel.sum()) / C
 
 
 def class_proxies(metric_loss):
@@ -103,8 +142,9 @@ class DDML(nn.Module):
         (eps, eps_s), standard normal [B, d] each, drawn here when None -> total, {term: scalar}."""
         with torch.autocast(head.device.type, enabled=False):
             P = l2_normalize(class_proxies(self.metric_loss))                       # [C, d]
+            classes = getattr(self.metric_loss, "classes", None) or Classes(len(P), range(len(P)))
             for part in (head, head_specific):
-                require_fit(part, labels, P, parts=2)
+                require_fit(part, labels, classes.C, P.shape[1], parts=2)
             mu, s = at_least_float32(head).chunk(2, dim=1)
             mu_s, s_s = at_least_float32(head_specific).chunk(2, dim=1)
             eps, eps_s = noise if noise is not None else (torch.randn_like(mu) for _ in range(2))
@@ -115,8 +155,12 @@ class DDML(nn.Module):
             z, z_s = mu + std * eps, mu_s + std_s * eps_s                           # [B, d]
 
             metric = self.metric_loss(mu, labels)
-            agnostic = -(self.scale * l2_normalize(z) @ P.T).log_softmax(dim=1).mean()
-            specific = F.cross_entropy(self.scale * l2_normalize(z_s) @ P.T, labels)
+            # minus the logarithms of a softmax: their mean over the classes, and the label's own
+            logits, logits_s = (self.scale * l2_normalize(x) @ P.T for x in (z, z_s))   # [B, C]
+            mean = classes.total(logits.sum(dim=1)) / classes.C                     # [B]
+            own = classes.total((logits_s * classes.own(labels)).sum(dim=1))        # [B]
+            agnostic = (classes.log_sum_exp(logits) - mean).mean()
+            specific = (classes.log_sum_exp(logits_s) - own).mean()
             # differs: log N(z_s; mu_s, std_s^2) - log N(z_s; 0, I) in eps_s, where nothing cancels
             split = ((z_s.square() - eps_s.square()) / 2 - log_std_s).sum(dim=1).mean()
 

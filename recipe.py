@@ -6,8 +6,17 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grad_value_, get_total_norm
 
-from distributed import average_gradients, gather, share_batch_norm
-from losses import DDML, LOSSES, PROXY_LOSSES
+from distributed import (
+    Sum,
+    average_gradients,
+    gather,
+    is_part,
+    largest,
+    part,
+    share_batch_norm,
+    world,
+)
+from losses import DDML, LOSSES, PROXY_LOSSES, Classes
 from net import create_model
 from utils import UserError, warn
 
@@ -36,6 +45,11 @@ def settle_loss(args):
         elif value is None:
             what = {"mrg": "margin", "alpha": "scale", "proxy_lr_factor": "proxies"}[name]
             raise UserError(f"--{name.replace('_', '-')}: --loss {args.loss} has no {what}")
+    if args.shard_proxies and args.loss != "Proxy_Anchor":
+        raise UserError(
+            f"--shard-proxies: --loss {args.loss} needs all of its parameters in each process; use "
+            "--loss Proxy_Anchor, or leave the flag out"
+        )
     if args.disent and args.loss not in PROXY_LOSSES:
         raise UserError(
             f"--disent True: --loss {args.loss} compares pairs of images and has no proxies, which "
@@ -52,7 +66,14 @@ def settle_loss(args):
 
 
 def build_criterion(args, num_classes):
-    loss = LOSSES[args.loss].make(num_classes, args.embedding_size, args.mrg, args.alpha)
+    C, parts = num_classes, {}
+    if args.shard_proxies:
+        parts = {"classes": Classes(C, part(range(C)), Sum.apply, largest)}
+        if C < world():
+            raise UserError(f"--shard-proxies: {C} classes are fewer than the {world()} processes")
+    loss = LOSSES[args.loss].make(C, args.embedding_size, args.mrg, args.alpha, **parts)
+    for proxies in loss.parameters():
+        proxies.is_part = args.shard_proxies
     return DDML(loss, args.al, args.be, args.gam) if args.disent else loss
 
 
@@ -107,13 +128,15 @@ def train_step(model, criterion, optimizer, images, labels, noise=None, batch_si
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     average_gradients(parameters)
-    largest = get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf)
+    gradient = get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf)
+    if any(map(is_part, parameters)):
+        gradient = largest(gradient)  # of which the processes know their parts alone
     if all(group.get("fused") for group in optimizer.param_groups):  # else it is stopped in time
         optimizer.grad_scale = None
-        optimizer.found_inf = (~(loss + largest).isfinite()).float()  # skips the step
+        optimizer.found_inf = (~(loss + gradient).isfinite()).float()  # skips the step
     clip_grad_value_(parameters, CLIP_VALUE)
     optimizer.step()
-    values = {**terms, "loss": loss, "gradient": largest}  # the first that is not finite is named
+    values = {**terms, "loss": loss, "gradient": gradient}  # the first that is not finite is named
     return {name: value.detach() for name, value in values.items()}
 
 

@@ -36,7 +36,7 @@ from runs.pictures import draw
 from runs.report import announce, conclude, say_epoch
 from runs.results import Epoch, result_of
 from runs.start import open_on_first, recorded
-from runs.tracking import address_of, log_epoch, wandb_mode
+from runs.tracking import address_of, log_epoch, memory_of, wandb_mode
 from utils import Interrupted, Stop, UserError, progress, run, say, seed_of, set_precision
 
 STEP = 2  # a step's stream of random numbers, beside the sampler's and the augmentation's
@@ -70,6 +70,8 @@ def build_parser():
     add("--proxy-lr-factor", type=at_least(0, float),
         help="times --lr, proxies' learning rate; by default the loss's own, "
         "100 for Proxy_Anchor")  # fmt: skip
+    add("--shard-proxies", default=False, const=True, nargs="?", type=boolean,
+        help="under torchrun, each process holds its part of the proxies")  # fmt: skip
     add("--disent", default=False, const=True, nargs="?", type=boolean,
         help="DDML; adds a second head")  # fmt: skip
     add("--al", default=0.0, type=at_least(0, float), help="DDML: weight of the agnostic term")
@@ -134,13 +136,17 @@ def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
     """Train what is left of an epoch, save, evaluate, save; the epoch's result, and the test
     images' embeddings and hits. Where a signal or a damaged image ends it, what is done is saved,
     and the exception says how to go on."""
-    args, files = training.args, train_batches.batch_sampler.files
+    args, files, saved = training.args, train_batches.batch_sampler.files, epoch.step
 
     def save(finished=False):
+        nonlocal saved
         epoch.fetch(files)
         if run_folder:
             run_folder.wait()  # else there would be two copies of the state at a time
-            run_folder.save(capture(training, None if finished else epoch.so_far()))
+        checkpoint = capture(training, None if finished else epoch.so_far())
+        saved = epoch.step
+        if run_folder:
+            run_folder.save(checkpoint)
 
     def after_step():
         stop.check(most)
@@ -161,16 +167,17 @@ def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
             save()  # evaluating takes long enough to be interrupted in any way
             scores, *retrieved = test_scores(watch=stop.between)
     except (Interrupted, UnreadableImage) as error:
-        if epoch.step:  # else there is nothing new to save
+        # of several processes only one knows of a damaged image, and it cannot save their parts
+        if epoch.step > saved and (world() == 1 or isinstance(error, Interrupted)):
             save()
+        kept = "What was trained is saved" if epoch.step == saved else "The last checkpoint is good"
         go_on = "continue with --resume"
         if run_folder:
             go_on = f"continue with: python train.py --resume {shlex.quote(str(run_folder.folder))}"
         if isinstance(error, Interrupted):
             error.note = go_on
             raise
-        raise type(error)(f"{error}. What was trained is saved; with a good file in its place, "
-                          f"{go_on}") from error  # fmt: skip
+        raise type(error)(f"{error}. {kept}; with a good file in its place, {go_on}") from error
     result = result_of(training, epoch, len(train_batches), scores, time.perf_counter() - started)
     training.history.append(result)
     training.scheduler.step()
@@ -291,13 +298,6 @@ def train_from(epoch, training, train_batches, test_scores, run_folder, stop, wa
             log_epoch(wandb_run, training.history, **memory_of(training.device))
         epoch = Epoch(epoch.number + 1)
     return retrieved
-
-
-def memory_of(device):
-    """The most that was taken of a GPU's memory so far."""
-    if device.type != "cuda":
-        return {}
-    return {"gpu_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
 
 
 if __name__ == "__main__":

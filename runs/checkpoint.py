@@ -5,6 +5,7 @@ import warnings
 import torch
 
 import dataset
+from distributed import most, part_from_first, rank, to_first, world
 from flags import flag_of, parse_stored
 from utils import UserError
 
@@ -15,13 +16,15 @@ PARTS = {"model_state_dict", "criterion_state_dict", "optimizer_state_dict",
          "scheduler_state_dict", "partial", "args", "history", "images"}  # fmt: skip
 # Flags that may differ when a run is continued: they do not change what is computed.
 FREE_ON_RESUME = {"epochs", "metrics", "workers", "cache", "gpu_id", "data_root", "LOG_DIR",
-                  "quiet", "wandb", "resume", "overwrite", "checkpoint_every"}  # fmt: skip
+                  "quiet", "wandb", "resume", "overwrite", "checkpoint_every",
+                  "shard_proxies"}  # fmt: skip
 
 
 def capture(training, partial=None):
-    """A checkpoint: of a finished epoch, or with `partial` of the one that it has begun. It is a
-    copy in the host's memory: training can go on while it is written."""
-    checkpoint = copied({
+    """A checkpoint: of a finished epoch, or with `partial` of the one that it has begun; in the
+    first process, which writes it, a copy in the host's memory, so that training can go on. Where
+    the proxies are in parts all processes call this, and the first has the whole."""
+    checkpoint = {
         "model_state_dict": training.model.state_dict(),  # differs: the script saves this alone
         "criterion_state_dict": training.criterion.state_dict(),
         "optimizer_state_dict": training.optimizer.state_dict(),
@@ -30,9 +33,11 @@ def capture(training, partial=None):
         "args": vars(training.args),
         "history": training.history,
         "images": training.images,  # which they are: with other ones it is another run
-    })  # fmt: skip
+    }
+    if rank() == 0:
+        checkpoint = copied(checkpoint)
     require_finite(training)  # waits for the device, and so for the copies
-    return checkpoint
+    return by_class(checkpoint, to_first) if training.args.shard_proxies else checkpoint
 
 
 def copied(value):
@@ -46,6 +51,25 @@ def copied(value):
     return [copied(part) for part in value] if isinstance(value, list) else value
 
 
+def by_class(checkpoint, function):
+    """The checkpoint, with function(x) for each x that has a row for each class: the proxies and
+    their moments."""
+    optimizer = checkpoint["optimizer_state_dict"]
+    proxies = optimizer["param_groups"][-1]["params"]
+    changed = {
+        number: {name: function(x) if x.ndim else x for name, x in state.items()}
+        for number, state in optimizer["state"].items() if number in proxies
+    }  # fmt: skip
+    criterion = {name: function(x) for name, x in checkpoint["criterion_state_dict"].items()}
+    optimizer = {**optimizer, "state": {**optimizer["state"], **changed}}
+    return {**checkpoint, "criterion_state_dict": criterion, "optimizer_state_dict": optimizer}
+
+
+def without_proxies(checkpoint):
+    """What those processes have of a checkpoint to which rank 0 will give their parts."""
+    return by_class(checkpoint, lambda x: x.to("meta"))
+
+
 def network_alone(checkpoint):
     """Of a checkpoint, what evaluates: the network, and what rebuilds it."""
     return {part: checkpoint[part] for part in ("model_state_dict", "args", "history", "images")}
@@ -55,7 +79,8 @@ def bytes_needed(training):
     """What a run's checkpoints take on the disk at most: best, last, the one before, the next."""
     network = sum(tensor.nbytes for tensor in training.model.state_dict().values())
     proxies = sum(tensor.nbytes for tensor in training.criterion.state_dict().values())
-    trained = sum(p.nbytes for group in training.optimizer.param_groups for p in group["params"])
+    proxies *= world() if training.args.shard_proxies else 1
+    trained = sum(p.nbytes for p in training.model.parameters()) + proxies
     return network + 3 * (network + proxies + 2 * trained)  # an optimiser has up to two moments
 
 
@@ -65,7 +90,8 @@ def require_finite(training):
     tensors = [tensor for module in modules for tensor in module.state_dict().values()]
     tensors += [value for state in moments for value in state.values() if torch.is_tensor(value)]
     finite = [tensor.isfinite().all().to(training.device) for tensor in tensors]
-    if not torch.stack(finite).all():  # one wait for the device
+    broken = not torch.stack(finite).all()  # one wait for the device
+    if most(broken) if training.args.shard_proxies else broken:
         raise UserError(
             "the weights or the optimiser's state are no longer finite; nothing of this was "
             "saved, and the last checkpoint is good. A smaller --lr or --weight-decay may help"
@@ -81,6 +107,8 @@ def restore(training, checkpoint, path):
             f"added, or start a new run from its network with --weights {path}"
         )
     try:
+        if training.args.shard_proxies:
+            checkpoint = by_class(checkpoint, part_from_first)
         training.model.load_state_dict(checkpoint["model_state_dict"])
         training.criterion.load_state_dict(checkpoint["criterion_state_dict"])
         training.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])

@@ -13,7 +13,8 @@ from utils import device_name, plural, say
 def announce(training, steps, run_folder):
     """The network by group of parameters, the work, and where it is kept."""
     args, sizes = training.args, []
-    for name, group in zip(("backbone", "heads", "proxies"), training.optimizer.param_groups):
+    proxies = f"proxies{' of this process' if args.shard_proxies else ''}"
+    for name, group in zip(("backbone", "heads", proxies), training.optimizer.param_groups):
         sizes.append(f"{name} {sum(p.numel() for p in group['params']) / 1e6:.3g}")
     loss = f"{args.loss}{' with DDML' if args.disent else ''}"
     epochs = plural(args.epochs - len(training.history), "epoch")

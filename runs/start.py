@@ -21,6 +21,7 @@ from runs.checkpoint import (
     flags_to_continue_with,
     progress_of,
     require_parts,
+    without_proxies,
 )
 from runs.folder import RunFolder, checkpoint_in
 from runs.naming import deciding, difference, file_prefix, run_folder_path, settings
@@ -62,16 +63,17 @@ def open_run(parser, args, given):
 def open_on_first(parser, args, given):
     """open_run in the first process, which alone writes; RunFolder is None in the others. And
     whether the run is complete."""
-    run_folder = None
+    run_folder = whole = None
 
     def opened():
-        nonlocal run_folder
-        found, run_folder, checkpoint = open_run(parser, args, given)
-        history = checkpoint["history"] if checkpoint else []
-        return found, checkpoint, run_folder.is_complete(history, found.epochs)
+        nonlocal run_folder, whole
+        found, run_folder, whole = open_run(parser, args, given)
+        history = whole["history"] if whole else []
+        sent = without_proxies(whole) if whole and found.shard_proxies else whole
+        return found, sent, run_folder.is_complete(history, found.epochs)
 
-    args, checkpoint, complete = from_first(opened)
-    return args, run_folder, checkpoint, complete
+    args, sent, complete = from_first(opened)
+    return args, run_folder, whole or sent, complete
 
 
 def stored_flags(folder):

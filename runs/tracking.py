@@ -9,6 +9,7 @@ import warnings
 from functools import partial
 from urllib.parse import urlparse
 
+import torch
 from PIL import Image
 
 import dataset
@@ -115,6 +116,13 @@ def log_epoch(run, history, **more):
         run.summary[f"{which}/epoch"] = chosen["epoch"]
         for name, value in scores_of(chosen).items():
             run.summary[f"{which}/{name}"] = value / 100
+
+
+def memory_of(device):
+    """The most that was taken of a GPU's memory so far."""
+    if device.type != "cuda":
+        return {}
+    return {"gpu_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
 
 
 def log_picture(run, figure):

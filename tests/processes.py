@@ -1,19 +1,23 @@
 """Steps and recalls of however many processes torchrun starts: python -m tests.processes OUT"""
 
+import contextlib
 import sys
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import recipe
-from distributed import join, part, rank
+from distributed import join, part, rank, world
 from net.backbones import BACKBONES, Backbone
 from retrieval.metrics import hits_at_k
+from runs.checkpoint import capture
 from tests import toy
 
-BATCH, CLASSES, WARM, STEPS = 11, 5, 2, 6  # shares of unequal size
+BATCH, CLASSES, WARM, STEPS = 11, 23, 2, 6  # of unequal shares; 23 is no other length here
 
 
 class Unused(toy.Toy):
@@ -22,32 +26,51 @@ class Unused(toy.Toy):
         self.last_linear = nn.Linear(16, 3)  # as BN-Inception's classifier: it has no gradient
 
 
-def trained(bn_freeze):
+class Shapes(TorchDispatchMode):
+    """Every shape of a tensor that an operation has given, in backward too."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.seen |= {tuple(x.shape) for x in tree_leaves(out) if torch.is_tensor(x)}
+        return out
+
+
+def trained(bn_freeze, disent=True, shard_proxies=False):
     """{name: tensor} of network, proxies, moments and losses after steps in double precision."""
     BACKBONES["unused"] = lambda: Backbone(Unused(), toy.pool)
     recipe.CLIP_VALUE = 0.02  # so that entries are clipped
     args = SimpleNamespace(
-        seed=1, model="unused", embedding_size=6, disent=True, l2_norm=True, loss="Proxy_Anchor",
+        seed=1, model="unused", embedding_size=6, disent=disent, l2_norm=True, loss="Proxy_Anchor",
         mrg=0.1, alpha=32, al=1.0, be=0.1, gam=1e-2, lr=1e-2, proxy_lr_factor=10, weight_decay=1e-4,
         optimizer="adamw", lr_decay_step=10, lr_decay_gamma=0.5, bn_freeze=bn_freeze,
-        precision="fp32",
+        shard_proxies=shard_proxies, precision="fp32",
     )  # fmt: skip
     training = recipe.Training(args, CLASSES, torch.device("cpu"), None)
     model, criterion = training.model.double(), training.criterion.double()
-    found, largest = {}, []
+    found, largest, shapes = {}, [], Shapes()
     for step in range(STEPS):
         torch.manual_seed(step)
         recipe.prepare_epoch(model, step, WARM, bn_freeze)
         images, labels = torch.randn(BATCH, 3, 16, 16).double(), torch.randint(CLASSES, (BATCH,))
         noise = torch.randn(2, BATCH, 6).double()
-        values = recipe.train_step(
-            model, criterion, training.optimizer, part(images), part(labels), noise, BATCH
-        )
+        with shapes if shard_proxies else contextlib.nullcontext():
+            values = recipe.train_step(
+                model, criterion, training.optimizer, part(images), part(labels), noise, BATCH
+            )
         largest.append(values.pop("gradient"))
         found |= {f"{name} {step}": value for name, value in values.items()}
     assert max(largest) > recipe.CLIP_VALUE
-    found |= model.state_dict() | criterion.state_dict()
-    for number, state in training.optimizer.state_dict()["state"].items():
+    if shard_proxies:
+        (proxies,) = criterion.parameters()
+        assert len(proxies) <= -(-CLASSES // world()) and (BATCH, len(proxies)) in shapes.seen
+        assert world() == 1 or not any(CLASSES in shape for shape in shapes.seen)
+    checkpoint = capture(training)
+    found |= checkpoint["model_state_dict"] | checkpoint["criterion_state_dict"]
+    for number, state in checkpoint["optimizer_state_dict"]["state"].items():
         found |= {f"{name} of {number}": value for name, value in state.items()}
     return found
 
@@ -65,7 +88,14 @@ def recalls():
 
 
 def everything():
-    return {"frozen": trained(True), "trained": trained(False), "recalls": recalls()}
+    return {
+        "frozen": trained(True),
+        "trained": trained(False),
+        "sharded": trained(True, shard_proxies=True),
+        "plain": trained(True, disent=False),
+        "plain sharded": trained(True, disent=False, shard_proxies=True),
+        "recalls": recalls(),
+    }
 
 
 if __name__ == "__main__":

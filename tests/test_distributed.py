@@ -45,7 +45,8 @@ def test_steps_and_recalls_of_several_processes_are_those_of_one(here, monkeypat
     monkeypatch.setattr(processes.recipe, "CLIP_VALUE", None)  # puts it back afterwards
     finished(torchrun(count, "tests.processes out"))
     theirs, ours = torch.load("out"), processes.everything()
-    for part in ("frozen", "trained"):
+    assert all(torch.equal(ours["sharded"][name], x) for name, x in ours["frozen"].items())
+    for part in ours.keys() - {"recalls"}:
         assert theirs[part].keys() == ours[part].keys()
         for name, value in ours[part].items():
             if part == "trained" and (name in FOLLOWS or name.endswith(" of 1")):
@@ -63,15 +64,15 @@ def close(ours, theirs):
 
 
 @by_torchrun
-def test_a_run_of_two_processes_is_continued_by_three_and_by_one(here, capsys):
+def test_a_run_of_two_processes_is_continued_by_three_and_by_one_with_parts_of_the_proxies(here):
     make_cub(here / "data", classes=6)
     train.main(shlex.split(COMMAND + "--LOG_DIR alone --epochs 3"))
     (alone,) = here.glob("alone/*/*")
-    finished(torchrun(2, f"tests.toy {COMMAND} --workers 1 --epochs 1 --cache gpu"))
+    finished(torchrun(2, f"tests.toy {COMMAND} --workers 1 --epochs 1 --cache gpu --shard-proxies"))
     said = Path("log").read_text()
     assert said.count("epoch 0  loss") == 1 and "2 processes" in said
     finished(torchrun(3, f"tests.toy {COMMAND} --epochs 2 --resume"))
-    train.main(shlex.split(COMMAND + "--epochs 3 --resume"))
+    train.main(shlex.split(COMMAND + "--epochs 3 --resume --shard-proxies False"))
     close(metrics(alone), metrics(run_folder(here)))
     assert json.loads((run_folder(here) / "args.json").read_text())["processes"] == 2
     assert (run_folder(here) / "page.html").exists()
@@ -117,6 +118,8 @@ def test_what_cannot_be_shared_is_refused_in_one_line(here, capsys, monkeypatch)
     make_cub(here / "data")
     monkeypatch.setattr(train, "world", lambda: 9)
     assert "--batch-size 8: fewer than the 9 processes" in fails(TINY, capsys)
+    line = fails(TINY + "--shard-proxies --loss CosFace", capsys)
+    assert "--shard-proxies: --loss CosFace" in line and "--loss Proxy_Anchor" in line
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(utils.UserError, match="torchrun --nproc-per-node 4 train.py"):
         utils.choose_device(-1)

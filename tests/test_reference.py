@@ -160,7 +160,7 @@ def compare_trajectory(reference):
         **{name: number(name) for name in ("lr", "weight_decay", "lr_decay_step", "lr_decay_gamma",
                                            "embedding_size", "warm", "bn_freeze")},
         optimizer="adamw", loss="Proxy_Anchor", disent=True, mrg=0.1, alpha=32, proxy_lr_factor=100,
-        al=al, be=be, gam=gam,
+        al=al, be=be, gam=gam, shard_proxies=False,
     )  # fmt: skip
     model = create_model("bn_inception", args.embedding_size, disent=True)
     model.load_state_dict(fill_state_dict(model.state_dict(), number("salt")))
