@@ -1,8 +1,12 @@
 """Small data sets of real JPEG files in the layouts they are distributed in, and small runs."""
 
+import contextlib
+import functools
+import io
 import json
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,7 @@ from net import create_model
 from runs import pictures
 from tests import toy  # noqa: F401 (it adds --model toy)
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the networks are so small that a second one only waits
 os.environ["HF_HUB_OFFLINE"] = "1"  # what timm would download, it does not
 
 PER_CLASS = 10
@@ -32,12 +36,20 @@ DISENT = TINY[TINY.index("--disent") :]
 
 
 def write_image(path, seed, mode="RGB"):
-    """A small noisy JPEG, of another size and colour for each seed."""
+    """A small noisy image, of another size and colour for each seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(path.suffix, seed, mode))
+
+
+@functools.cache
+def encoded(suffix, seed, mode):
     rng = np.random.default_rng(seed)
     height, width = rng.integers(70, 100, 2)
     pixels = rng.integers(0, 60, (height, width, 3)) + rng.integers(0, 190, 3)
-    Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(path)
+    file = io.BytesIO()
+    kind = Image.registered_extensions()[suffix.lower()]
+    Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(file, kind)
+    return file.getvalue()
 
 
 def make_cub(root, folder="CUB_200_2011/images", classes=4):
@@ -195,6 +207,31 @@ class Waits(TorchDispatchMode):
         if name in self.NAMES or by_mask:
             self.seen.append(op)
         return op(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def made_once(tmp_path_factory):
+    """For a fixture of wider scope: the current folder is a new one, for tests to copy."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(pictures, "draw_curves", lambda history: b"a picture")
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def run_of_one_epoch(tmp_path_factory):
+    with made_once(tmp_path_factory) as folder:
+        make_cub(folder / "data")
+        train.main(shlex.split(TINY + "--epochs 1"))
+    return folder
+
+
+@pytest.fixture
+def run(here, run_of_one_epoch):
+    """A run of one epoch, in its folder below `here`."""
+    shutil.copytree(run_of_one_epoch, here, dirs_exist_ok=True)
+    return run_folder(here)
 
 
 def run_folder(here):

@@ -1,6 +1,6 @@
 """Kill real training runs and compare what they end in with a run that was left alone.
 
-python -m tests.kill --kills 100    (about half an hour on two cores)
+python -m tests.kill --kills 100    (takes minutes)
 
 Runs of train.py are ended with SIGKILL at random instants, each continued with --resume and killed
 again until it finishes; then one run is killed at each write, fsync and rename of its saves in
@@ -13,11 +13,8 @@ import argparse
 import json
 import os
 import random
-import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,9 +22,9 @@ from pathlib import Path
 import torch
 
 from storage import read_checkpoint
+from tests import forked
 from tests.conftest import checkpoint_of, make_cub
 
-ROOT = Path(__file__).parent.parent
 FLAGS = (
     "--dataset cub --weights none --image-size 32 --batch-size 8 --embedding-size 8 "
     "--wandb disabled --disent True --al 1 --be 0.1 --gam 1e-5 --bn-freeze 0 --checkpoint-every 1 "
@@ -80,29 +77,21 @@ def assert_same_run(folder, other, kinds=("best", "last")):
 
 def run_train(here, flags, seconds=None, inject=None):
     """Run train.py; SIGKILL it after `seconds`, or at the n-th call of a save. Its exit status."""
-    command = [sys.executable, "-m", "tests.toy"]
-    if inject is not None:
-        command[1:] = ["-c", f"from tests.kill import injected; injected({inject})"]
-    process = subprocess.Popen(
-        [*command, *shlex.split(FLAGS + flags)], cwd=here, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        _, errors = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        _, errors = process.communicate()
-    assert process.returncode in (0, -signal.SIGKILL), errors.decode()
-    return process.returncode
+    os.chdir(here)
+    process = forked.start(injected, inject, FLAGS + flags)
+    process.join(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), Path("err").read_text()
+    return process.exitcode
 
 
-def injected(n):
-    """In the child: train.py with SIGKILL at the n-th write, fsync or rename."""
-    import train
-
-    at_call(setattr, ["write", "fsync", "replace"], n, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    train.main(sys.argv[1:])
+def injected(n, flags):
+    """In the child: train.py, with SIGKILL at the n-th write, fsync or rename if `n` is given."""
+    if n is not None:
+        names = ["write", "fsync", "replace"]
+        at_call(setattr, names, n, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    forked.train_py(flags)
 
 
 def resume_flag(here, name):
@@ -131,8 +120,7 @@ def kill_at_random(here, kills, seed, epochs=3, model="--model bn_inception"):
         status = -signal.SIGKILL
         while status:
             left = kills - tally["killed"]
-            # the first half of a run is Python importing torch, in which there is little to lose
-            instant = rng.uniform(0.4, 1.0) * duration if left else None
+            instant = rng.uniform(0, duration) if left else None
             flags = f"--LOG_DIR {name} --epochs {epochs} --workers {rng.choice([0, 1, 2])} {model} "
             status = run_train(here, flags + resume_flag(here, name), instant)
             tally["killed"] += status != 0

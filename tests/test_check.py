@@ -2,8 +2,6 @@
 
 import errno
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +12,8 @@ from PIL import Image
 import dataset
 from dataset import check
 from dataset.loader import in_parallel
-from tests.conftest import ROOT, SOP, fails, make_cub, make_sop
+from tests import forked
+from tests.conftest import SOP, fails, make_cub, make_sop
 from utils import UserError
 
 
@@ -85,21 +84,29 @@ def test_the_death_of_a_process_is_one_line(capsys):
     assert "a process died, perhaps for lack of memory; use fewer --workers" in line
 
 
-def test_worker_processes_do_not_outlive_a_killed_parent():
-    program = (
-        "import os, time; from dataset.loader import in_parallel\n"
-        "def work(_):\n    print(os.getpid(), flush=True); time.sleep(0.01)\n"
-        "in_parallel(work, range(10000), 1, 'work')"
-    )
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        worker = int(process.stdout.readline())
-        process.kill()
-        process.wait()
-        end = time.monotonic() + 20  # PyTorch's workers look for their parent every 5 s
-        while is_running(worker) and time.monotonic() < end:
-            time.sleep(0.05)
-        assert worker != process.pid and not is_running(worker)
+def work_for_long():
+    def work(_):
+        print(os.getpid(), flush=True)
+        time.sleep(0.01)
+
+    in_parallel(work, range(10000), 1, "work")
+
+
+def test_worker_processes_do_not_outlive_a_killed_parent(here):
+    process, end = forked.start(work_for_long), time.monotonic() + 60
+    while "\n" not in text_of("out") and time.monotonic() < end:
+        time.sleep(0.05)
+    worker = int(text_of("out").split()[0])
+    process.kill()
+    process.join()
+    end = time.monotonic() + 20  # PyTorch's workers look for their parent every 5 s
+    while is_running(worker) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert worker != process.pid and not is_running(worker)
+
+
+def text_of(path):
+    return Path(path).read_text() if Path(path).exists() else ""
 
 
 def is_running(pid):

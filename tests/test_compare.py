@@ -3,6 +3,7 @@
 import csv
 import json
 import shlex
+import shutil
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -11,12 +12,24 @@ from PIL import Image
 
 import compare
 import train
-from tests.conftest import TINY, fails, make_cub, make_folder, metrics
+from tests.conftest import TINY, fails, made_once, make_cub, make_folder, metrics
+
+
+@pytest.fixture(scope="module")
+def runs_once(tmp_path_factory):
+    with made_once(tmp_path_factory) as folder:
+        make_runs(folder)
+    return folder
 
 
 @pytest.fixture
-def runs(here):
-    """Two seeds with DDML and two without, one unfinished, one damaged."""
+def runs(here, runs_once):
+    shutil.copytree(runs_once, here, dirs_exist_ok=True)
+    return here
+
+
+def make_runs(here):
+    """Three seeds with DDML and three without, one unfinished, one damaged."""
     make_cub(here / "data")
     for seed in (1, 2, 3):
         train.main(shlex.split(TINY + f"--seed {seed} --lr 1e-2"))
@@ -28,7 +41,6 @@ def runs(here):
     bad = here / "logs/logs_cub/bad"
     bad.mkdir()
     (bad / "args.json").write_text("{")
-    return here
 
 
 def last_r1(runs, pattern):

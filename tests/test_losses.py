@@ -1,9 +1,10 @@
 """Promises of losses.py beyond the reference numbers."""
 
 import contextlib
+import importlib
 import math
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,17 +290,20 @@ def test_half_precision_never_reaches_a_loss_or_its_parameters(name, dtype):
     assert all(p.dtype == torch.float32 for p in loss.parameters())
 
 
-def test_losses_py_alone_in_an_empty_folder_works(tmp_path):
+def test_losses_py_alone_in_an_empty_folder_works(tmp_path, monkeypatch):
     (tmp_path / "losses.py").write_text((ROOT / "losses.py").read_text())
-    program = (
-        "import torch\nfrom losses import DDML, ProxyAnchor\n"
-        "loss, terms = DDML(ProxyAnchor(3, 4), 1, 1, 1)(torch.randn(5, 8), torch.randn(5, 8), "
-        "torch.tensor([0, 1, 2, 0, 1]))\nloss.backward()\nprint(sorted(terms))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.stdout == "['agnostic', 'metric', 'specific', 'split']\n", done.stderr
+    monkeypatch.setattr(sys, "path", [
+        str(tmp_path), *(path for path in sys.path if Path(path).resolve() != ROOT)
+    ])  # fmt: skip
+    with monkeypatch.context() as patch:
+        for name in [path.stem for path in ROOT.glob("*")]:
+            patch.delitem(sys.modules, name, raising=False)
+        alone = importlib.import_module("losses")
+    assert alone.__file__ == str(tmp_path / "losses.py")
+    criterion = alone.DDML(alone.ProxyAnchor(3, 4), 1, 1, 1)
+    loss, terms = criterion(*torch.randn(2, 5, 8), torch.tensor([0, 1, 2, 0, 1]))
+    loss.backward()
+    assert sorted(terms) == ["agnostic", "metric", "specific", "split"]
 
 
 # --- what does not fit ---------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from retrieval import page
 from retrieval.metrics import hits_at_k
 from retrieval.picture import draw_neighbours
 from retrieval.search import NEIGHBOURS, neighbours
-from tests.conftest import TINY, fails, make_cub, metrics, run_folder, write_image
+from tests.conftest import TINY, fails, made_once, make_cub, metrics, run_folder, write_image
 
 
 def data_of(file):
@@ -32,10 +32,17 @@ def data_of(file):
     return json.loads(data)
 
 
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    with made_once(tmp_path_factory) as folder:
+        make_cub(folder / "data", classes=6)
+        train.main(shlex.split(TINY + "--epochs 1"))
+    return folder
+
+
 @pytest.fixture
-def trained(here):
-    make_cub(here / "data", classes=6)
-    train.main(shlex.split(TINY + "--epochs 1"))
+def trained(here, trained_once):
+    shutil.copytree(trained_once, here, dirs_exist_ok=True)
     return run_folder(here)
 
 

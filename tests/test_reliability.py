@@ -21,7 +21,7 @@ import train
 from runs import folder as run_folders
 from runs.folder import RunFolder
 from storage import COMMENT_LENGTH, read_checkpoint, write_checkpoint
-from tests import kill
+from tests import forked, kill
 from tests.conftest import ROOT, TINY, checkpoint_of, fails, make_cub, metrics, run_folder
 from utils import Interrupted, UserError
 
@@ -151,9 +151,7 @@ def test_the_good_checkpoint_outlives_a_failed_save_after_a_damaged_one(saved, m
     assert folder.newest_checkpoint()[1]["epoch"] in (good["epoch"], checkpoint["epoch"])
 
 
-def test_a_run_is_not_continued_with_other_images(here, capsys):
-    make_cub(here / "data")
-    train.main(shlex.split(TINY + "--epochs 1"))
+def test_a_run_is_not_continued_with_other_images(here, run, capsys):
     next((here / "data").rglob("Bird_0005.jpg")).unlink()
     assert "started with other images" in fails(TINY + "--resume", capsys)
 
@@ -175,28 +173,23 @@ def test_a_checkpoint_is_an_ordinary_torch_file(tmp_path):
 # --- signals and kills, on a real train.py --------------------------------------------------
 
 
-def start(here, flags, stdout=subprocess.PIPE):
-    command = [sys.executable, "-m", "tests.toy", *shlex.split(TINY + flags)]
-    return subprocess.Popen(
-        command, cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=stdout,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
 def test_a_full_disk_under_the_output_is_one_line(here):
     make_cub(here / "data")
+    command = [sys.executable, "-m", "tests.toy", *shlex.split(TINY)]
     with open("/dev/full", "w") as full:
-        process = start(here, "", stdout=full)
-    _, errors = process.communicate(timeout=60)
-    errors = [line for line in errors.splitlines() if not line.startswith("warning: ")]
-    assert process.returncode == 2
+        done = subprocess.run(
+            command, cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=full,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
+    assert done.returncode == 2
     assert errors == ["train.py: error: the output: No space left on device"]
 
 
 def wait_for(condition, process, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        assert time.monotonic() < end and process.is_alive(), Path("err").read_text()
         time.sleep(0.01)
 
 
@@ -204,12 +197,13 @@ def wait_for(condition, process, seconds=120):
 def test_a_signal_saves_at_a_step_and_the_run_continues_to_the_same_bits(here, number, status):
     make_cub(here / "data", classes=12)
     flags = "--workers 2 --bn-freeze 0 "
-    process = start(here, flags + "--epochs 1000000")
-    wait_for(lambda: list(here.glob("logs/*/*/*_last.pth")), process)
-    time.sleep(0.3)
+    process = forked.start(forked.train_py, TINY + flags + "--epochs 1000000")
+    wait_for(lambda: list(here.glob("logs/*/*/metrics.jsonl")), process)  # workers are all there
+    time.sleep(0.1)
     os.killpg(process.pid, number)  # as a terminal does
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == status, errors
+    process.join(60)
+    errors = (here / "err").read_text()
+    assert process.exitcode == status, errors
     last = errors.splitlines()[-1]
     assert last.startswith(f"train.py: {number.name}: continue with: python train.py --resume logs")
     assert "Traceback" not in errors
@@ -320,46 +314,46 @@ def test_a_save_that_fails_in_its_thread_is_noticed_at_the_next_step(here, monke
     assert len(steps) == 3
 
 
+def signalled_twice():
+    def twice(*args):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    train.train_step = twice
+    forked.train_py(TINY)
+
+
 def test_a_second_signal_ends_at_once(here):
     make_cub(here / "data")
-    program = (
-        "import os, signal, sys, train\nfrom tests import toy\n"
-        "def twice(*args):\n    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"
-        "train.train_step = twice\ntrain.main(sys.argv[1:])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *shlex.split(TINY)], cwd=here, capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 128 + signal.SIGTERM
+    process = forked.start(signalled_twice)
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
 
 
-def test_a_run_continued_by_other_means_says_that_its_bits_may_differ(here, capsys):
-    make_cub(here / "data")
-    train.main(shlex.split(TINY + "--epochs 1"))
+def test_a_run_continued_by_other_means_says_that_its_bits_may_differ(here, run, capsys):
     path = run_folder(here) / "args.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"threads": 99}))
     train.main(shlex.split(TINY + "--resume"))
-    assert "started with threads 99 and continues with 2" in capsys.readouterr().err
+    assert "started with threads 99 and continues with 1" in capsys.readouterr().err
 
 
 def test_a_second_process_on_the_same_run_folder_is_refused(here, capsys, monkeypatch):
     monkeypatch.setattr(run_folders, "LOCK_SECONDS", 0)
     make_cub(here / "data")
-    process = start(here, "--epochs 500")
+    process = forked.start(forked.train_py, TINY + "--epochs 100000")
     try:
         wait_for(lambda: list(here.glob("logs/*/*/*_last.pth")), process)
-        assert "is in use by another process" in fails(TINY + "--epochs 500 --resume", capsys)
+        assert "is in use by another process" in fails(TINY + "--epochs 100000 --resume", capsys)
         assert "is in use by another process" in fails(TINY + "--overwrite", capsys)
     finally:
         process.kill()
-        process.communicate()
+        process.join()
 
 
 def test_killed_runs_continue_to_the_same_bits(here):
     """The short version of `python -m tests.kill`."""
-    tally = kill.kill_at_random(here, kills=1, seed=0, epochs=9, model="--model toy")
-    assert tally["killed"] == 1 and tally["identical"] >= 1
+    tally = kill.kill_at_random(here, kills=2, seed=0, epochs=9, model="--model toy")
+    assert tally["killed"] == 2 and tally["identical"] >= 1
 
 
 @pytest.mark.parametrize("step, flags", [
@@ -390,9 +384,7 @@ def test_a_run_interrupted_in_mid_epoch_continues_to_the_same_bits(here, monkeyp
     kill.assert_same_run(run_folder(here), next(here.glob("whole/*/*")))
 
 
-def test_an_overwritten_run_is_kept_until_the_new_one_has_saved_something(here, capsys):
-    make_cub(here / "data")
-    train.main(shlex.split(TINY + "--epochs 1"))
+def test_an_overwritten_run_is_kept_until_the_new_one_has_saved_something(here, run, capsys):
     old = (checkpoint_of(run_folder(here))).read_bytes()
     images = {path: path.read_bytes() for path in (here / "data").rglob("Bird_*.jpg")}
     for path in images:
@@ -409,9 +401,7 @@ def test_an_overwritten_run_is_kept_until_the_new_one_has_saved_something(here, 
     assert not kept.exists()
 
 
-def test_results_whose_weights_were_deleted_are_not_overwritten(here, capsys):
-    make_cub(here / "data")
-    train.main(shlex.split(TINY + "--epochs 1"))
+def test_results_whose_weights_were_deleted_are_not_overwritten(here, run, capsys):
     for path in run_folder(here).glob("*.pth"):
         path.unlink()
     assert "already holds a run" in fails(TINY, capsys)
@@ -419,9 +409,7 @@ def test_results_whose_weights_were_deleted_are_not_overwritten(here, capsys):
     assert len(metrics(run_folder(here))) == 1
 
 
-def test_files_of_the_users_beside_a_resumed_checkpoint_are_left_alone(here, capsys):
-    make_cub(here / "data")
-    train.main(shlex.split(TINY + "--epochs 1"))
+def test_files_of_the_users_beside_a_resumed_checkpoint_are_left_alone(here, run, capsys):
     (here / "papers").mkdir()
     last = (checkpoint_of(run_folder(here))).rename(here / "papers/model.pth")
     for name in (".notes.tmp", "thesis.replaced"):

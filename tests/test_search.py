@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,24 @@ from torch.nn import functional as F
 import search
 import train
 from retrieval.search import nearest
-from tests.conftest import TINY, fails, make_folder, run_folder, write_image
+from tests.conftest import TINY, fails, made_once, make_folder, run_folder, write_image
 from tests.test_page import data_of
 
 FOUND = re.compile(r"^ +(\d+)  (-?\d\.\d{4})  (.*)$", re.M)
 
 
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    with made_once(tmp_path_factory) as folder:
+        make_folder(folder / "photos")
+        train.main(shlex.split(TINY + "--dataset folder --data-root photos --epochs 1"))
+    return folder
+
+
 @pytest.fixture
-def trained(here):
+def trained(here, trained_once):
     """A run on the folder `photos`; its run folder."""
-    make_folder(here / "photos")
-    train.main(shlex.split(TINY + "--dataset folder --data-root photos --epochs 1"))
+    shutil.copytree(trained_once, here, dirs_exist_ok=True)
     return run_folder(here)
 
 
@@ -100,7 +108,6 @@ def test_a_gallery_is_a_list_too(here, trained, capsys):
     ("--gallery photos --query nowhere.jpg", "--query: not an image"),
     ("--gallery g.npz --query {image}", "g.npz: not an index that can be read"),
     ("--gallery photos --save-index g.npz --query {image}", "not an index that can be read"),
-    ("--gallery other.npz --query {image}", "an index of another checkpoint"),
     ("--gallery photos --query {image} --page nowhere/p.html", "--page nowhere/p.html: not a"),
     ("--gallery photos --query {image} --save-index g", "--save-index g: must end in .npz"),
     ("--gallery photos --query {image} --top 0", "--top: invalid number"),
@@ -110,13 +117,17 @@ def test_a_bad_search_ends_in_one_line(here, trained, capsys, flags, line):
     image = "'photos/猫/фото 3.jpg'"
     (here / "empty").mkdir()
     (here / "g.npz").write_bytes(b"junk")
-    kept = f"--gallery photos --query {image} --save-index other.npz"
-    searched(capsys, f"--resume '{trained}' {kept}")
+    command = f"--resume '{trained}' {flags.format(image=image)} --workers 0"
+    assert line in fails(command, capsys, search.main)
+
+
+def test_an_index_of_another_checkpoint_is_refused(here, trained, capsys):
+    flags = "--query 'photos/猫/фото 3.jpg' --gallery "
+    searched(capsys, f"--resume '{trained}' {flags} photos --save-index other.npz")
     train.main(shlex.split(f"--resume '{trained}' --epochs 2 --workers 0"))
     last = next(trained.glob("*_last.pth"))
-    capsys.readouterr()
-    command = f"--resume '{last}' {flags.format(image=image)} --workers 0"
-    assert line in fails(command, capsys, search.main)
+    line = fails(f"--resume '{last}' {flags} other.npz --workers 0", capsys, search.main)
+    assert "an index of another checkpoint" in line
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
