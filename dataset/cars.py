@@ -2,8 +2,6 @@
 
 from functools import partial
 
-from scipy.io import loadmat
-
 from dataset.files import below, class_folders, first_existing, halves, require_size
 from utils import UserError
 
@@ -85,6 +83,8 @@ def class_names(cells):
 
 def parse_mat(file, parse):
     """What `parse` makes of a .mat file's variables."""
+    from scipy.io import loadmat  # takes a second, and only this needs it
+
     try:
         require_size(file)
         return parse(loadmat(file))

@@ -178,9 +178,11 @@ def defaults_of_the_process():
 
 
 @pytest.fixture(autouse=True)
-def curves_in_no_time(monkeypatch):
-    """A picture takes half a second, several hundred runs are made; test_runs.py looks at some."""
+def pictures_in_no_time(monkeypatch):
+    """Pictures take seconds, several hundred runs are made; some tests put back what draws them."""
     monkeypatch.setattr(pictures, "draw_curves", lambda history: b"a picture")
+    monkeypatch.setattr(pictures, "draw_neighbours", lambda *_: None)
+    monkeypatch.setattr(pictures, "log_picture", lambda *_: None)
 
 
 @pytest.fixture

@@ -102,6 +102,7 @@ def resume_flag(here, name):
 def whole_run(here, epochs, model):
     if not Path(here, "data").exists():
         make_cub(Path(here, "data"))
+    forked.start(int).join()  # the first one waits until torch is imported
     started = time.monotonic()
     flags = f"--LOG_DIR whole{epochs} --workers 0 --epochs {epochs} --overwrite {model}"
     run_train(here, flags)

@@ -197,7 +197,7 @@ def test_the_room_asked_for_is_what_a_run_takes(here, monkeypatch):
     make_cub(here / "data")
     asked = []
     monkeypatch.setattr(RunFolder, "require_room", lambda folder, needed: asked.append(needed))
-    train.main(shlex.split(TINY + "--model resnet18 --image-size 64"))
+    train.main(shlex.split(TINY + "--model resnet18 --epochs 1 --warm 0"))
     taken = {path.name: path.stat().st_size for path in run_folder(here).glob("*.pth")}
     most = taken["cub_resnet18_best.pth"] + 3 * taken["cub_resnet18_last.pth"]
     assert 0.98 * most < asked[0] < 1.1 * most
