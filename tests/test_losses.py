@@ -13,7 +13,16 @@ from pytorch_metric_learning import miners
 from pytorch_metric_learning.losses import ProxyAnchorLoss
 from torch.nn import functional as F
 
-from losses import DDML, LOSSES, PROXY_LOSSES, ProxyAnchor, class_proxies, standard_deviation
+from losses import (
+    DDML,
+    LOSSES,
+    PROXY_LOSSES,
+    Classes,
+    ProxyAnchor,
+    class_proxies,
+    initial_proxies,
+    standard_deviation,
+)
 from tests.conftest import ROOT
 
 B, C, D = 12, 7, 16
@@ -46,6 +55,14 @@ def test_proxy_anchor_of_two_samples_by_hand():
     attract = math.log(1 + math.exp(-32 * 0.9) + math.exp(32 * 0.1))  # proxy 0 alone has positives
     repel = math.log(1 + math.exp(32 * 0.1) + math.exp(32 * 1.1))  # of proxy 1
     assert loss(x, labels).item() == pytest.approx(attract + repel / 2, rel=1e-6)
+
+
+def test_a_part_of_the_proxies_starts_as_it_does_in_the_whole():
+    parts = [range(100), range(33), range(33, 90), range(90, 100)]
+    whole, *drawn = (torch.manual_seed(1) and initial_proxies(Classes(100, part), D, block=40)
+                     for part in parts)  # fmt: skip
+    assert torch.equal(torch.cat(drawn), whole)
+    assert whole.std().item() == pytest.approx(math.sqrt(2 / 100), rel=0.1)
 
 
 def test_total_is_the_weighted_sum_of_the_terms():
