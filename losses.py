@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from pytorch_metric_learning import distances, miners
+from pytorch_metric_learning import losses as pml
 from torch import nn
 from torch.nn import functional as F
 
@@ -191,27 +193,19 @@ class Choice(NamedTuple):
     lr_factor: float | None  # of its parameters' learning rate; without parameters, no proxies
 
 
-def library(name, *args, miner=None, **kwargs):
-    """The loss `name` of pytorch-metric-learning; `miner` has its miners, and gives one."""
-    from pytorch_metric_learning import losses, miners  # takes a second, and only these need it
-
-    return InFloat32(getattr(losses, name)(*args, **kwargs), miner and miner(miners))
-
-
 def triplet(C, d, margin, scale):
-    return library("TripletMarginLoss", margin=margin, miner=lambda miners: (
-        miners.TripletMarginMiner(margin=margin, type_of_triplets="semihard")))  # fmt: skip
+    mined = miners.TripletMarginMiner(margin=margin, type_of_triplets="semihard")
+    return InFloat32(pml.TripletMarginLoss(margin=margin), mined)
 
 
 def multi_similarity(C, d, margin, scale):
-    return library("MultiSimilarityLoss", alpha=2, beta=scale, base=margin,
-                   miner=lambda miners: miners.MultiSimilarityMiner(epsilon=0.1))  # fmt: skip
+    mined = miners.MultiSimilarityMiner(epsilon=0.1)
+    return InFloat32(pml.MultiSimilarityLoss(alpha=2, beta=scale, base=margin), mined)
 
 
 def n_pair(C, d, margin, scale):  # Sohn, NIPS 2016: dot products, not cosines
-    from pytorch_metric_learning.distances import DotProductSimilarity
-
-    return library("NPairsLoss", distance=DotProductSimilarity(normalize_embeddings=False))
+    dot = distances.DotProductSimilarity(normalize_embeddings=False)
+    return InFloat32(pml.NPairsLoss(distance=dot))
 
 
 # Margins and scales of Proxy_NCA and of the pair losses are those of the Proxy-Anchor authors'
@@ -221,18 +215,18 @@ def n_pair(C, d, margin, scale):  # Sohn, NIPS 2016: dot products, not cosines
 LOSSES = {
     # name                     constructor                               margin  scale  lr factor
     "Proxy_Anchor":     Choice(ProxyAnchor,                                 0.1,    32,   100),
-    "Proxy_NCA":        Choice(lambda C, d, margin, scale: library(
-                            "ProxyNCALoss", C, d, softmax_scale=scale),    None,    32,     1),
-    "NormSoftmax":      Choice(lambda C, d, margin, scale: library(
-                            "NormalizedSoftmaxLoss", C, d, 1 / scale),     None,    20,   100),
-    "CosFace":          Choice(lambda C, d, margin, scale: library(
-                            "CosFaceLoss", C, d, margin=margin, scale=scale), 0.35, 64,   100),
-    "ArcFace":          Choice(lambda C, d, margin, scale: library(
-                            "ArcFaceLoss", C, d, margin, scale),           28.6,    64,   100),
-    "SoftTriple":       Choice(lambda C, d, margin, scale: library(
-                            "SoftTripleLoss", C, d, la=scale, margin=margin), 0.01, 20,   100),
-    "Contrastive":      Choice(lambda C, d, margin, scale: library(
-                            "ContrastiveLoss", neg_margin=margin),          0.5,  None,  None),
+    "Proxy_NCA":        Choice(lambda C, d, margin, scale: InFloat32(
+                            pml.ProxyNCALoss(C, d, softmax_scale=scale)),  None,    32,     1),
+    "NormSoftmax":      Choice(lambda C, d, margin, scale: InFloat32(
+                            pml.NormalizedSoftmaxLoss(C, d, 1 / scale)),   None,    20,   100),
+    "CosFace":          Choice(lambda C, d, margin, scale: InFloat32(
+                            pml.CosFaceLoss(C, d, margin=margin, scale=scale)), 0.35, 64, 100),
+    "ArcFace":          Choice(lambda C, d, margin, scale: InFloat32(
+                            pml.ArcFaceLoss(C, d, margin, scale)),         28.6,    64,   100),
+    "SoftTriple":       Choice(lambda C, d, margin, scale: InFloat32(
+                            pml.SoftTripleLoss(C, d, la=scale, margin=margin)), 0.01, 20, 100),
+    "Contrastive":      Choice(lambda C, d, margin, scale: InFloat32(
+                            pml.ContrastiveLoss(neg_margin=margin)),        0.5,  None,  None),
     "Triplet":          Choice(triplet,                                     0.1,  None,  None),
     "MultiSimilarity":  Choice(multi_similarity,                            0.5,    50,  None),
     "NPair":            Choice(n_pair,                                     None,  None,  None),
