@@ -13,8 +13,8 @@ demo: install  ## draw a small data set, train on it for about two minutes, eval
 	.venv/bin/python train.py $(DEMO) --overwrite
 	.venv/bin/python evaluate.py --resume $(DEMO_RUN)/demo_bn_inception_last.pth
 
-test: install  ## the whole test suite: no network, no GPU, about six minutes on two cores
-	.venv/bin/python -m pytest
+test: install  ## the whole test suite: no network, no GPU, about five minutes on two cores
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 install: .venv/installed  ## .venv with requirements.txt, which both of these do first
 

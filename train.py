@@ -4,7 +4,6 @@ The flags are the published script's; README.md has its three commands.
 """
 
 import contextlib
-import os
 import shlex
 import time
 from functools import partial
@@ -51,8 +50,7 @@ def build_parser():
     add("--IPC", type=at_least(1),
         help="balanced batches: this many images of each class in one; by default any")  # fmt: skip
     add("--cache", default="none", choices=["none", "ram", "gpu"],
-        help="keep decoded images in memory; gpu: in that of the device that trains, GPU or CPU, "
-        "and make crops there")  # fmt: skip
+        help="keep decoded images in memory; gpu: the device's, cropped there")  # fmt: skip
 
     add = add_network_flags(parser, model_name, CHOICES)
     add("--weights", default="imagenet", help="imagenet, none, or a checkpoint's path")
@@ -250,10 +248,7 @@ def main(argv=None):
         return
     settle_loss(args)
     mode = wandb_mode(args.wandb)
-    set_precision(args.precision)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
-        torch.use_deterministic_algorithms(True)
+    set_precision(args.precision, args.deterministic)
     with first_alone():
         train, test = load_images(args)
         weights = None if checkpoint else args.weights
@@ -267,10 +262,7 @@ def main(argv=None):
         restore(training, checkpoint, args.resume)
         epoch = Epoch(done, **(checkpoint["partial"] or {}))
     train_batches, test_scores = build_loading(training, train, test)
-    following = contextlib.nullcontext()
-    if run_folder:
-        following = recorded(run_folder, training, argv, mode, train, test, checkpoint)
-    with following as wandb_run:
+    with recorded(run_folder, training, argv, mode, train, test, checkpoint) as wandb_run:
         announce(training, len(train_batches), run_folder)
         with Stop() as stop, run_folder or contextlib.nullcontext():  # in here are all saves
             retrieved = train_from(

@@ -200,9 +200,13 @@ def choose_device(gpu_id):
     return device
 
 
-def set_precision(precision):
-    """What --precision means for float32 on CUDA, for the whole process. PyTorch's own default is
-    neither fp32 nor tf32: it rounds the factors of convolutions, and not those of products."""
+def set_precision(precision, deterministic=False):
+    """What --precision means for float32 on CUDA, and --deterministic, for the whole process.
+    PyTorch's own default is neither fp32 nor tf32: it rounds the factors of convolutions, and not
+    those of products."""
     # differs: the script has PyTorch's default
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+    torch.use_deterministic_algorithms(deterministic)

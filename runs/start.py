@@ -150,7 +150,11 @@ def continued_run(parser, args, given, asked):
 
 @contextlib.contextmanager
 def recorded(run_folder, training, argv, mode, train, test, checkpoint):
-    """In a `with`, the run's folder and its wandb run, which it gives, None without wandb."""
+    """In a `with`, the run's folder and its wandb run, which it gives; None without wandb, and of
+    several processes in all but the first."""
+    if not run_folder:
+        yield
+        return
     args = training.args
     description = run_folder.claim(args, new=checkpoint is None)
     run_folder.require_room(bytes_needed(training))

@@ -174,7 +174,6 @@ def no_account_no_network(monkeypatch, tmp_path):
 def defaults_of_the_process():
     """No test finds it as another one's --precision or --deterministic has left it."""
     utils.set_precision("fp32")
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,6 @@ import utils
 from tests import kill, processes
 from tests.conftest import ROOT, TINY, fails, make_cub, metrics, run_folder
 
-by_torchrun = pytest.mark.skipif(
-    "DDML_TORCHRUN" not in os.environ, reason="takes minutes; set DDML_TORCHRUN=1"
-)
 COMMAND = TINY.replace("--batch-size 8", "--batch-size 7")  # shares of unequal size
 
 # a convolution's bias (parameter 1) before trained BatchNorm has no gradient but rounding
@@ -39,7 +36,6 @@ def finished(job):
     assert job.wait(120) == 0, Path("log").read_text()
 
 
-@by_torchrun
 @pytest.mark.parametrize("count", [2, 4])
 def test_steps_and_recalls_of_several_processes_are_those_of_one(here, monkeypatch, count):
     monkeypatch.setattr(processes.recipe, "CLIP_VALUE", None)  # puts it back afterwards
@@ -63,7 +59,6 @@ def close(ours, theirs):
         assert {k: v for k, v in a.items() if "@" in k} == {k: v for k, v in b.items() if "@" in k}
 
 
-@by_torchrun
 def test_a_run_of_two_processes_is_continued_by_three_and_by_one_with_parts_of_the_proxies(here):
     make_cub(here / "data", classes=6)
     train.main(shlex.split(COMMAND + "--LOG_DIR alone --epochs 3"))
@@ -92,7 +87,6 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
-@by_torchrun
 def test_a_killed_process_ends_the_job_a_restart_continues_it_and_a_signal_stops_all(here):
     make_cub(here / "data", classes=6)
     job = torchrun(2, f"tests.toy {COMMAND} --epochs 10000", "--max-restarts=1")
