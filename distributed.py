@@ -3,9 +3,9 @@ does nothing.
 
 A step of W processes is a step of one: each takes its rows of the batch through the network, the
 heads of all are gathered in order of rank, every process computes the loss of the whole batch, and
-gradients are averaged before they are clipped. With --shard-proxies it computes that loss from its
-part of the proxies, and sums over classes go over the processes. Either way what is differentiated
-is the sum of W equal losses, W times the one that is meant.
+gradients are summed before they are clipped: each differentiates a W-th of that loss. With
+--shard-proxies it computes the loss from its part of the proxies, and sums over classes go over the
+processes.
 """
 
 import atexit
@@ -19,8 +19,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils import UserError, choose_device
-
-BLOCK = 2**16  # rows in a message between two processes
 
 
 def world():
@@ -84,15 +82,15 @@ def most(value):
     return int(all_reduced(torch.tensor(int(value)), "max"))
 
 
-def shares(count):
-    """Where each process's rows of a batch of `count` begin, and where the last one's end."""
-    return [number * count // world() for number in range(world() + 1)]
+def parts_of(items):
+    """Every process's `part` of them."""
+    ends = [number * len(items) // world() for number in range(world() + 1)]
+    return [items[start:stop] for start, stop in zip(ends, ends[1:])]
 
 
 def part(items):
     """This process's share of a batch: rows in order of rank, of some processes one more."""
-    start, stop = shares(len(items))[rank() :][:2]
-    return items[start:stop]
+    return parts_of(items)[rank()]
 
 
 def turns(items):
@@ -114,24 +112,19 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, count):
-        ends = shares(count)
-        rows = [stop - start for start, stop in zip(ends, ends[1:])]
-        return torch.cat([part[:size] for part, size in zip(of_each(x, max(rows)), rows)])
+        rows = [len(each) for each in parts_of(range(count))]
+        return torch.cat([each[:size] for each, size in zip(of_each(x, max(rows)), rows)])
 
     @staticmethod
     def backward(ctx, gradient):
         return part(all_reduced(gradient.clone())), None
 
 
-def gather(x, count):
-    return Gather.apply(x, count) if world() > 1 else x
-
-
-def interleave(x, count):
-    """[count, ...] of all processes' x, of which this one's holds the rows rank, rank + W, ..."""
+def gather(x, count=None):
+    """The whole of what each process has a `part` of."""
     if world() == 1:
         return x
-    return of_each(x, -(-count // world())).transpose(0, 1).flatten(0, 1)[:count]
+    return Gather.apply(x, count or int(all_reduced(torch.tensor(len(x)))))
 
 
 def all_reduced(x, op="sum"):
@@ -141,18 +134,15 @@ def all_reduced(x, op="sum"):
     return x
 
 
-def average_gradients(parameters):
+def sum_gradients(parameters):
     """In one call; a parameter that has no gradient has none in any process. Where each process has
     its own part of a parameter, that part's gradient is complete."""
     if world() == 1:
         return
-    for p in filter(is_part, parameters):
-        p.grad /= world()
     gradients = [p.grad for p in parameters if p.grad is not None and not is_part(p)]
-    flat = all_reduced(torch.cat([gradient.flatten() for gradient in gradients])) / world()
-    sizes = [gradient.numel() for gradient in gradients]
-    for gradient, average in zip(gradients, flat.split(sizes)):
-        gradient.copy_(average.view_as(gradient))
+    flat = all_reduced(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(total.view_as(gradient))
 
 
 class Sum(torch.autograd.Function):
@@ -173,16 +163,8 @@ def largest(x):
 
 
 def is_part(parameter):
-    """Whether each process has its own part of it: see to_first."""
+    """Whether each process has its own part of it (--shard-proxies)."""
     return getattr(parameter, "is_part", False)
-
-
-def of_others(x):
-    """(process, rows) of x [C, ...] that the others have a `part` of, in messages."""
-    ends = shares(len(x))
-    for process in range(1, world()):
-        for rows in x[ends[process] : ends[process + 1]].split(BLOCK):
-            yield process, rows
 
 
 def to_first(x):
@@ -191,12 +173,12 @@ def to_first(x):
         return x
     C = int(all_reduced(torch.tensor(len(x))))
     if rank():
-        for rows in x.split(BLOCK):
-            dist.send(rows.cpu(), 0)
+        dist.send(x.cpu(), 0)
         return None
     whole = torch.empty(C, *x.shape[1:], dtype=x.dtype)
-    part(whole).copy_(x)
-    for process, rows in of_others(whole):
+    mine, *others = parts_of(whole)
+    mine.copy_(x)
+    for process, rows in enumerate(others, start=1):
         dist.recv(rows, process)
     return whole
 
@@ -207,10 +189,9 @@ def part_from_first(x):
         return x
     mine = torch.empty_like(part(x), device="cpu")
     if rank():
-        for rows in mine.split(BLOCK):
-            dist.recv(rows, 0)
+        dist.recv(mine, 0)
         return mine
-    for process, rows in of_others(x):
+    for process, rows in enumerate(parts_of(x)[1:], start=1):
         dist.send(rows, process)
     return mine.copy_(part(x))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import dataset
 from dataset.loader import batches, test_loader
-from distributed import interleave
+from distributed import gather
 from flags import Parser, add_data_flags, add_network_flags, given_flags, parse_stored
 from net import CHOICES, create_model, model_name, network_of
 from net.export import MODEL_FILES, save_model
@@ -51,8 +51,7 @@ def evaluate(model, loader, device, ks, queries=None, at_r=False, watch=iter):
     """({metric: fraction} of the loader's images, their embeddings [N, d], {k: hits [Q]}), metrics
     and hits as `scores` has them; `watch` goes around the batches. Leaves `model` in eval mode."""
     tested = progress(watch(batches(loader, device)), len(loader), "evaluating")
-    count = len(loader.dataset)
-    embeddings, labels = (interleave(x, count) for x in embed(model, tested))
+    embeddings, labels = map(gather, embed(model, tested))
     metrics, hits = scores(embeddings, labels, ks, queries, at_r)
     return metrics, embeddings, hits
 

@@ -55,19 +55,18 @@ def initial_proxies(classes, d, block=2**16):
     """[C, d], kaiming-normal (fan_out). Drawn a block after the other, whoever holds which: a part
     is what it is in the whole, and no process has more than a block beside it."""
     C, here = classes.C, classes.here
-    proxies, filled = torch.empty(len(here), d), 0
+    proxies = torch.empty(len(here), d)
     for first in range(0, C, block):
         drawn = torch.empty(min(block, C - first), d).normal_(std=math.sqrt(2) / math.sqrt(C))
         held = drawn[max(here.start - first, 0) : max(here.stop - first, 0)]
-        proxies[filled : filled + len(held)] = held
-        filled += len(held)
+        proxies[max(first - here.start, 0) :][: len(held)] = held
     return proxies
 
 
-def require_fit(x, labels, C, d, parts=1):
-    """ValueError unless x [B, parts * d] and labels [B] belong to proxies [C, d]. That labels are
+def require_fit(x, labels, C, d, halves=1):
+    """ValueError unless x [B, halves * d] and labels [B] belong to proxies [C, d]. That labels are
     below C is looked at on the CPU alone: on a GPU every step would wait for the answer."""
-    if x.ndim != 2 or x.shape[1] != parts * d or labels.shape != x.shape[:1]:
+    if x.ndim != 2 or x.shape[1] != halves * d or labels.shape != x.shape[:1]:
         raise ValueError(f"embeddings {tuple(x.shape)} and labels {tuple(labels.shape)} do not fit "
                          f"each other or {C} proxies of {d} dimensions")  # fmt: skip
     if labels.is_floating_point():
@@ -143,8 +142,8 @@ class DDML(nn.Module):
         with torch.autocast(head.device.type, enabled=False):
             P = l2_normalize(class_proxies(self.metric_loss))                       # [C, d]
             classes = getattr(self.metric_loss, "classes", None) or Classes(len(P), range(len(P)))
-            for part in (head, head_specific):
-                require_fit(part, labels, classes.C, P.shape[1], parts=2)
+            for x in (head, head_specific):
+                require_fit(x, labels, classes.C, P.shape[1], halves=2)
             mu, s = at_least_float32(head).chunk(2, dim=1)
             mu_s, s_s = at_least_float32(head_specific).chunk(2, dim=1)
             eps, eps_s = noise if noise is not None else (torch.randn_like(mu) for _ in range(2))

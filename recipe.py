@@ -8,12 +8,11 @@ from torch.nn.utils import clip_grad_value_, get_total_norm
 
 from distributed import (
     Sum,
-    average_gradients,
     gather,
-    is_part,
     largest,
     part,
     share_batch_norm,
+    sum_gradients,
     world,
 )
 from losses import DDML, LOSSES, PROXY_LOSSES, Classes
@@ -125,12 +124,11 @@ def train_step(model, criterion, optimizer, images, labels, noise=None, batch_si
         loss = criterion(gather(output, batch_size), labels)
         terms = {"metric": loss}
     optimizer.zero_grad()
-    loss.backward()
+    (loss / world()).backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    average_gradients(parameters)
+    sum_gradients(parameters)
     gradient = get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf)
-    if any(map(is_part, parameters)):
-        gradient = largest(gradient)  # of which the processes know their parts alone
+    gradient = largest(gradient)  # of proxies in parts, each process knows its own
     if all(group.get("fused") for group in optimizer.param_groups):  # else it is stopped in time
         optimizer.grad_scale = None
         optimizer.found_inf = (~(loss + gradient).isfinite()).float()  # skips the step

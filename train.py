@@ -132,8 +132,8 @@ def train_epoch(training, loader, epoch, after_step):
 
 def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
     """Train what is left of an epoch, save, evaluate, save; the epoch's result, and the test
-    images' embeddings and hits. Where a signal or a damaged image ends it, what is done is saved,
-    and the exception says how to go on."""
+    images' embeddings and hits. Where a signal or a damaged image ends it, the exception says what
+    is saved and how to go on."""
     args, files, saved = training.args, train_batches.batch_sampler.files, epoch.step
 
     def save(finished=False):

@@ -53,8 +53,8 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def train(C, sharded):
-    """(criterion, optimiser, traffic and seconds of the second step)."""
+def two_steps(C, sharded):
+    """(criterion, optimiser, traffic and seconds, both counting, of the second step)."""
     args = argparse.Namespace(**FLAGS, shard_proxies=sharded)
     torch.manual_seed(0)
     model, criterion = Heads(), build_criterion(args, C)
@@ -69,7 +69,7 @@ def train(C, sharded):
 
 def measure(C, sharded):
     """A row of the table, each figure the greatest of all processes."""
-    (criterion, optimizer, traffic, seconds), peak = extra_mb(lambda: train(C, sharded))
+    (criterion, optimizer, traffic, seconds), peak = extra_mb(lambda: two_steps(C, sharded))
     (proxies,) = criterion.parameters()
     moments = [x for x in optimizer.state[proxies].values() if x.ndim]
     held = [sum(x.nbytes for x in kept) / 2**20 for kept in ([proxies, proxies.grad], moments)]
@@ -97,7 +97,7 @@ def measure_processes(count):
 if __name__ == "__main__":
     if "TORCHELASTIC_RUN_ID" in os.environ:
         join(0)
-        train(100, False)  # what the first step alone takes
+        two_steps(100, False)  # what the first step alone takes
         rows = [measure(C, sharded) for C in CLASSES for sharded in (False, True)[: world()]]
         if rank() == 0:
             print(json.dumps(rows))

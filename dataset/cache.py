@@ -60,14 +60,6 @@ def read_from_memory(sets, workers):
         images.read = cache
 
 
-class Kept(list):
-    """The batches of a loader, loaded once and kept on a device."""
-
-    def __init__(self, loader, device):
-        super().__init__(progress(batches(loader, device), len(loader), "cropping test images"))
-        self.dataset = loader.dataset
-
-
 def keep_on_device(images, train_batches, test_batches, size, workers, device, interpolation):
     """--cache gpu: the same batches of two loaders, the second of which may be None, from the
     memory of a device: of the train `images` all pixels, of the test images their crops."""
@@ -79,7 +71,10 @@ def keep_on_device(images, train_batches, test_batches, size, workers, device, i
     os.close(descriptor)  # on a GPU the decoded images leave this machine's memory, else they stay
     keys = train_batches.batch_sampler
     kept = DeviceBatches(keys, images.labels, pixels, starts, sizes, size, interpolation)
-    return kept, test_batches and Kept(test_batches, device)
+    if test_batches:
+        cropped = batches(test_batches, device)
+        test_batches = list(progress(cropped, len(test_batches), "cropping test images"))
+    return kept, test_batches
 
 
 def decoded(cache, paths, workers, device=CPU, more=0):
@@ -93,11 +88,11 @@ def decoded(cache, paths, workers, device=CPU, more=0):
     what = f"{plural(len(paths), 'image')}, {needed / 2**30:.1f} GiB decoded"
     for place in (CPU, device):  # a GPU's images are decoded on its machine
         if (free := available_memory(place)) < needed:
-            kind = "GPU memory" if place.type == "cuda" else "memory"
+            gpu = place.type == "cuda"
+            kind, instead = ("GPU memory", "ram") if gpu else ("memory", "none")
             raise UserError(
                 f"--cache {cache}: {what}, and {free / 2**30:.1f} GiB of {kind} are free, "
-                f"{(needed - free) / 2**30:.3g} GiB too few; use --cache "
-                + ("ram" if kind == "GPU memory" else "none")
+                f"{(needed - free) / 2**30:.3g} GiB too few; use --cache {instead}"
             )
     say(f"--cache {cache}: {what}")
     descriptor = os.memfd_create("decoded images")

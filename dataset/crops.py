@@ -94,15 +94,18 @@ class DeviceBatches:
             yield self.batch([self.crop(*key) for key in keys])
 
     def crop(self, index, numbers):
+        """What `resized_crops` takes, then label and index."""
         start, (width, height), label = self.images[index]
         (left, top, right, bottom), flip = draw(numbers, (width, height))
         first = start + 3 * (top * width + left)
         return first, width, bottom - top, right - left, flip, label, index
 
     def batch(self, crops):
-        """The largest crops are made first, as many at a time as there is room for."""
+        """(pixels, labels, index). The largest crops are made first, as many at a time as there is
+        room for."""
         longest = [max(crop[2:4]) for crop in crops]
         order = sorted(range(len(crops)), key=longest.__getitem__, reverse=True)
+        # the last column is not of the crop beside it: `order`, in the same copy to the device
         table = torch.tensor([(*crop, row) for crop, row in zip(crops, order)])
         if self.pixels.is_cuda:
             table = table.pin_memory().to(self.pixels.device, non_blocking=True)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from dataset.augment import crop_and_flip, draw, resize_and_crop
 from dataset.files import UnreadableImage
 from dataset.sampler import EpochBatches
-from distributed import rank, world
+from distributed import part
 from utils import UserError, progress
 
 # The number of workers is the user's choice, and the published default is 4.
@@ -75,9 +75,9 @@ def augmented(images, size, interpolation, key):
 
 
 def test_loader(images, size, batch_size, workers, device, interpolation="bilinear"):
-    """Every image once, in order; of several processes each has every W-th."""
+    """Every image once, in order; of several processes each has its part."""
     work = Work(partial(centred, images, size, interpolation), len(images))
-    mine = range(rank(), len(images), world())
+    mine = part(range(len(images)))
     return make_loader(work, workers, device, batch_size=batch_size, sampler=mine)
 
 
@@ -93,7 +93,7 @@ def batches(loader, device):
     """(pixels uint8 RGB [B, H, W, 3], labels [B], index [B] of the images) on `device`; a UserError
     met by a worker is raised here."""
     for batch in raising(loader):
-        yield [part.to(device, non_blocking=True) for part in batch]
+        yield [x.to(device, non_blocking=True) for x in batch]
 
 
 def raising(loader):

@@ -42,7 +42,7 @@ def hits_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_s
     # times the precision, more than a dot product's rounding comes to
     slack = 8 * math.sqrt(embeddings.shape[1]) * longest[0] * longest[1]
 
-    tiles = _with_matches(query[1], gallery[1], size)
+    tiles = _tiles(query[1], gallery[1], size)
     best = _best_match(query, gallery, itself, tiles, size)
     least, most = _count_ahead(query, gallery, itself, best, slack * 2**-24, tiles, size)
     close = torch.stack([(least < k) & (k <= most) for k in ks]).any(dim=0) & best.isfinite()
@@ -118,7 +118,7 @@ def _sorted_by_label(x, labels):
     return (x[order], labels[order]), order
 
 
-def _with_matches(labels, gallery_labels, size):
+def _tiles(labels, gallery_labels, size):
     """[(rows, low, high)]: sorted queries in tiles, and the range of the sorted gallery that holds
     their matches. One wait for the device, however many there are."""
     tiles = _slices(0, len(labels), size)

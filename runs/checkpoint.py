@@ -41,9 +41,7 @@ def capture(training, partial=None):
 
 
 def copied(value):
-    """A state with its tensors in the host's memory; a GPU's are there after the next wait. So the
-    thread that writes them has no need of CUDA, where it could break another's capture of a graph.
-    """
+    """A state with its tensors in the host's memory; a GPU's are there after the next wait."""
     if torch.is_tensor(value):
         return value.to("cpu", non_blocking=True, copy=True)
     if isinstance(value, dict):
@@ -55,19 +53,13 @@ def by_class(checkpoint, function):
     """The checkpoint, with function(x) for each x that has a row for each class: the proxies and
     their moments."""
     optimizer = checkpoint["optimizer_state_dict"]
-    proxies = optimizer["param_groups"][-1]["params"]
-    changed = {
-        number: {name: function(x) if x.ndim else x for name, x in state.items()}
-        for number, state in optimizer["state"].items() if number in proxies
-    }  # fmt: skip
+    proxies = set(optimizer["param_groups"][-1]["params"])
+    state = dict(optimizer["state"])
+    for number in proxies & state.keys():
+        state[number] = {name: function(x) if x.ndim else x for name, x in state[number].items()}
     criterion = {name: function(x) for name, x in checkpoint["criterion_state_dict"].items()}
-    optimizer = {**optimizer, "state": {**optimizer["state"], **changed}}
+    optimizer = {**optimizer, "state": state}
     return {**checkpoint, "criterion_state_dict": criterion, "optimizer_state_dict": optimizer}
-
-
-def without_proxies(checkpoint):
-    """What those processes have of a checkpoint to which rank 0 will give their parts."""
-    return by_class(checkpoint, lambda x: x.to("meta"))
 
 
 def network_alone(checkpoint):
@@ -90,8 +82,7 @@ def require_finite(training):
     tensors = [tensor for module in modules for tensor in module.state_dict().values()]
     tensors += [value for state in moments for value in state.values() if torch.is_tensor(value)]
     finite = [tensor.isfinite().all().to(training.device) for tensor in tensors]
-    broken = not torch.stack(finite).all()  # one wait for the device
-    if most(broken) if training.args.shard_proxies else broken:
+    if most(not torch.stack(finite).all()):  # one wait for the device
         raise UserError(
             "the weights or the optimiser's state are no longer finite; nothing of this was "
             "saved, and the last checkpoint is good. A smaller --lr or --weight-decay may help"

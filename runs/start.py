@@ -17,11 +17,11 @@ from distributed import from_first, restarts, world
 from flags import VERSION
 from runs.checkpoint import (
     PARTS,
+    by_class,
     bytes_needed,
     flags_to_continue_with,
     progress_of,
     require_parts,
-    without_proxies,
 )
 from runs.folder import RunFolder, checkpoint_in
 from runs.naming import deciding, difference, file_prefix, run_folder_path, settings
@@ -69,7 +69,9 @@ def open_on_first(parser, args, given):
         nonlocal run_folder, whole
         found, run_folder, whole = open_run(parser, args, given)
         history = whole["history"] if whole else []
-        sent = without_proxies(whole) if whole and found.shard_proxies else whole
+        sent = whole
+        if whole and found.shard_proxies:  # of the proxies each will be given its part
+            sent = by_class(whole, lambda x: x.to("meta"))
         return found, sent, run_folder.is_complete(history, found.epochs)
 
     args, sent, complete = from_first(opened)

@@ -192,14 +192,30 @@ def here(tmp_path, monkeypatch):
 
 
 class Waits(TorchDispatchMode):
-    """`seen`: the operations for which, on a GPU, the host would wait."""
+    """`seen`: the operations for which, on a GPU, the host would wait; not copies by `to`."""
 
     NAMES = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2",
              "unique_dim", "unique_consecutive", "is_nonzero"}  # fmt: skip
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.seen, self.patch = [], pytest.MonkeyPatch()
+
+    def __enter__(self):
+        for name in ("tolist", "cpu", "numpy"):  # on the CPU these call no operation
+            self.patch.setattr(torch.Tensor, name, self.noting(getattr(torch.Tensor, name)))
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        self.patch.undo()
+        return super().__exit__(*exception)
+
+    def noting(self, method):
+        def noted(*args, **kwargs):
+            self.seen.append(method)
+            return method(*args, **kwargs)
+
+        return noted
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op.overloadpacket.__name__

@@ -23,12 +23,9 @@ import torch
 
 from storage import read_checkpoint
 from tests import forked
-from tests.conftest import checkpoint_of, make_cub
+from tests.conftest import TINY, checkpoint_of, make_cub
 
-FLAGS = (
-    "--dataset cub --weights none --image-size 32 --batch-size 8 --embedding-size 8 "
-    "--wandb disabled --disent True --al 1 --be 0.1 --gam 1e-5 --bn-freeze 0 --checkpoint-every 1 "
-)
+FLAGS = TINY + "--bn-freeze 0 --checkpoint-every 1 "
 TIMES = {"seconds", "seconds_data", "seconds_step", "seconds_eval", "images_per_second"}
 
 

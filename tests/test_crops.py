@@ -83,18 +83,19 @@ def mixed(tmp_path):
     return ImageSet([(str(path), path.parent.name) for path in sorted(tmp_path.rglob("*.jpg"))])
 
 
-def loaders(images, workers=0):
-    loading = {"workers": workers, "device": CPU, "interpolation": "bicubic"}
-    return (train_loader(images, 32, 4, seed=1, **loading), test_loader(images, 32, 5, **loading))
+LOADING = {"workers": 0, "device": CPU, "interpolation": "bicubic"}
+
+
+def loaders(images):
+    return (train_loader(images, 32, 4, seed=1, **LOADING), test_loader(images, 32, 5, **LOADING))
 
 
 def kept(images, workers=0):
-    loading = {"workers": workers, "device": CPU, "interpolation": "bicubic"}
-    return keep_on_device(images, *loaders(images), 32, **loading)
+    return keep_on_device(images, *loaders(images), 32, **LOADING | {"workers": workers})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_from_the_devices_memory_are_those_of_the_workers(mixed, workers):
+def test_batches_from_the_devices_memory_are_those_of_the_loaders(mixed, workers):
     (theirs, tested), (ours, kept_tests) = loaders(mixed), kept(mixed, workers)
     for loader in (theirs, ours):
         loader.batch_sampler.set_epoch(2, first_step=1)

@@ -51,8 +51,8 @@ def test_steps_and_recalls_of_several_processes_are_those_of_one(here, monkeypat
     assert all(torch.equal(theirs["recalls"][name], hit) for name, hit in ours["recalls"].items())
 
 
-def close(ours, theirs):
-    """Whether the losses of two runs agree as float32 does, and recalls exactly."""
+def assert_close(ours, theirs):
+    """The losses of two runs agree as float32 does, and recalls exactly."""
     for a, b in zip(ours, theirs, strict=True):
         for name in ("loss", "metric", "agnostic", "specific", "split"):
             assert a[name] == pytest.approx(b[name], rel=1e-5)
@@ -68,7 +68,7 @@ def test_a_run_of_two_processes_is_continued_by_three_and_by_one_with_parts_of_t
     assert said.count("epoch 0  loss") == 1 and "2 processes" in said
     finished(torchrun(3, f"tests.toy {COMMAND} --epochs 2 --resume"))
     train.main(shlex.split(COMMAND + "--epochs 3 --resume --shard-proxies False"))
-    close(metrics(alone), metrics(run_folder(here)))
+    assert_close(metrics(alone), metrics(run_folder(here)))
     assert json.loads((run_folder(here) / "args.json").read_text())["processes"] == 2
     assert (run_folder(here) / "page.html").exists()
 
@@ -105,7 +105,7 @@ def test_a_killed_process_ends_the_job_a_restart_continues_it_and_a_signal_stops
     done = len(metrics(run_folder(here)))
     train.main(shlex.split(COMMAND + f"--epochs {done + 1} --resume"))
     train.main(shlex.split(COMMAND + f"--LOG_DIR alone --epochs {done + 1}"))
-    close(metrics(next(here.glob("alone/*/*"))), metrics(run_folder(here)))
+    assert_close(metrics(next(here.glob("alone/*/*"))), metrics(run_folder(here)))
 
 
 def test_shard_proxies_changes_nothing_in_one_process_and_may_be_left_out_later(here):

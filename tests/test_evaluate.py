@@ -210,16 +210,11 @@ class SettingsOfProducts(TorchDispatchMode):
     (torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
 ])  # fmt: skip
 def test_whatever_precision_is_set_products_have_float32s_and_it_is_set_again(owner, name, value):
-    before = getattr(owner, name)
-    try:
-        setattr(owner, name, value)
-        as_set = [setting.fp32_precision for setting in MATMUL]
-        with SettingsOfProducts() as products:
-            retrieved(*random_set())
-        after = [setting.fp32_precision for setting in MATMUL]
-    finally:
-        setattr(owner, name, before)
-        torch.set_float32_matmul_precision("highest")
+    setattr(owner, name, value)
+    as_set = [setting.fp32_precision for setting in MATMUL]
+    with SettingsOfProducts() as products:
+        retrieved(*random_set())
+    after = [setting.fp32_precision for setting in MATMUL]
     assert len(products.seen) > 3
     assert all(seen == ["ieee", "ieee"] for seen in products.seen)
     assert after == as_set and set(as_set) & {"tf32", "bf16"}

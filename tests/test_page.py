@@ -163,7 +163,7 @@ def test_the_picture_has_a_row_for_each_of_eight_queries_and_says_what_is_right(
     images.classes = ["$a_$", os.fsdecode(b"caf\xe9"), *images.classes[2:]]  # neither is drawn
     embeddings = F.normalize(torch.eye(5)[images.labels] + 0.01 * torch.randn(20, 5))
     figure = draw_neighbours(images, embeddings)
-    if queries:
+    if queries:  # drawing takes seconds: once is enough
         figure.savefig(io.BytesIO())
     titles = [axes.get_title() for axes in figure.axes if axes.has_data()]
     marks = [title[0] for title in titles if title[0] in "✓✗"]

@@ -66,8 +66,8 @@ def test_optimizers_have_the_published_settings(optimizer, kind, settings):
 def test_the_tool_of_the_next_test_sees_waits():
     x = torch.ones(3)
     with Waits() as waits:
-        _ = x.sum().item(), x[x > 0], bool((x > 0).all()), x + 1
-    assert len(waits.seen) == 3
+        _ = x.sum().item(), x[x > 0], bool((x > 0).all()), x.tolist(), x.cpu(), x.numpy(), x + 1
+    assert len(waits.seen) == 6
 
 
 @pytest.mark.parametrize("flags", ["", "--bn-freeze 0", "--optimizer sgd", "--optimizer adam",
