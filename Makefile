@@ -4,17 +4,20 @@ DEMO = --dataset demo --disent True --al 1.0 --be 0.1 --gam 0.00001 --weights no
 	--bn-freeze 0 --workers 2 --wandb disabled
 DEMO_RUN = logs/logs_demo/bn_inception_Proxy_Anchor_embedding64_al1.0_be0.1_gam1e-05_adamw_lr0.001_batch32
 
-.PHONY: help demo test install
+.PHONY: help demo test test-gpu install
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */make \1\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */make \1\t/'
 
 demo: install  ## draw a small data set, train on it for about two minutes, evaluate
 	.venv/bin/python train.py $(DEMO) --overwrite
 	.venv/bin/python evaluate.py --resume $(DEMO_RUN)/demo_bn_inception_last.pth
 
 test: install  ## the whole test suite: no network, no GPU, about five minutes on two cores
-	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-gpu: install  ## the tests that need a GPU
+	.venv/bin/python -m pytest -k cuda
 
 install: .venv/installed  ## .venv with requirements.txt, which both of these do first
 

@@ -35,6 +35,9 @@ def join(gpu_id):
         return choose_device(gpu_id)
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        here, count = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > count:
+            raise UserError(f"--nproc-per-node {here}: more processes than the {count} GPUs here")
         device = choose_device(int(os.environ["LOCAL_RANK"]))
     store, this, count = next(dist.rendezvous("env://"))
     # torchrun keeps its store: a restarted process would look for the former ones at the addresses
@@ -202,6 +205,7 @@ class SharedBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
+        kind, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         sums, pixels = x.sum(dim=(0, 2, 3)), x.numel() // x.shape[1]
         sums = Sum.apply(torch.cat([sums, sums.new_full((1,), pixels)]))
         mean, count = sums[:-1] / sums[-1], sums[-1]
@@ -212,7 +216,7 @@ class SharedBatchNorm(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(kind)
 
 
 def share_batch_norm(model):

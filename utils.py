@@ -9,6 +9,7 @@ import platform
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,21 @@ NOT_OUR_BUGS = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP,
 
 def run(main, name=None):
     """Call `main` as a script and exit with its result; our own bugs keep their traceback."""
+    try:
+        run_alone(main, name)
+    except BaseException as error:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise
+        status = error.code if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        if status:  # NCCL's farewell at a process's end would wait for the others
+            sys.stdout.flush()
+            os._exit(status)
+
+
+def run_alone(main, name):
+    """As `run`, where no other process waits for this one."""
 
     def end(status, line):
         with contextlib.suppress(OSError):  # the disk under stderr may be full as well
@@ -63,7 +79,8 @@ def run(main, name=None):
             end(2, f"error: --deterministic: {reason.split(', but')[0]}; train without the flag")
         if not reason.startswith("DataLoader worker"):  # raised wherever the process then is
             raise
-        end(2, f"error: a process died, perhaps for lack of memory; use fewer --workers ({reason})")
+        end(2, "error: a process died, perhaps for lack of memory; use fewer --workers, in a "
+               f"container more --shm-size ({reason})")  # fmt: skip
     except BrokenPipeError:  # whoever read our output, as in `| head`, has gone
         discard_output()
         sys.exit(1)
@@ -203,10 +220,11 @@ def choose_device(gpu_id):
 def set_precision(precision, deterministic=False):
     """What --precision means for float32 on CUDA, and --deterministic, for the whole process.
     PyTorch's own default is neither fp32 nor tf32: it rounds the factors of convolutions, and not
-    those of products."""
+    those of products. Shapes are the same in each step: cuDNN looks for its fastest way once."""
     # differs: the script has PyTorch's default
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
     torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic

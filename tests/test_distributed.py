@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import recipe
 import train
 import utils
+from distributed import SharedBatchNorm
 from tests import kill, processes
 from tests.conftest import ROOT, TINY, fails, make_cub, metrics, run_folder
 
@@ -116,12 +118,24 @@ def test_shard_proxies_changes_nothing_in_one_process_and_may_be_left_out_later(
     kill.assert_same_run(run_folder(here), next(here.glob("whole/*/*")))
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_batch_norm_over_processes_is_batch_norm_and_gives_maps_of_the_same_type(kind):
+    ours, theirs = (made(4).to(torch.promote_types(kind, torch.float32))
+                    for made in (SharedBatchNorm, torch.nn.BatchNorm2d))  # fmt: skip
+    x = (3 + torch.randn(5, 4, 3, 3)).to(kind)
+    torch.testing.assert_close(ours(x), theirs(x.to(ours.weight.dtype)).to(kind))
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
 def test_what_cannot_be_shared_is_refused_in_one_line(here, capsys, monkeypatch):
     make_cub(here / "data")
     monkeypatch.setattr(train, "world", lambda: 9)
     assert "--batch-size 8: fewer than the 9 processes" in fails(TINY, capsys)
     line = fails(TINY + "--shard-proxies --loss CosFace", capsys)
     assert "--shard-proxies: --loss CosFace" in line and "--loss Proxy_Anchor" in line
+    monkeypatch.setattr(recipe, "world", lambda: 3)
+    monkeypatch.setattr(train, "world", lambda: 1)
+    assert "2 classes are fewer than the 3 processes" in fails(TINY + "--shard-proxies", capsys)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(utils.UserError, match="torchrun --nproc-per-node 4 train.py"):
         utils.choose_device(-1)
