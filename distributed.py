@@ -49,6 +49,12 @@ def join(gpu_id):
     return device
 
 
+def job():
+    """What tells torchrun's job, restarts included, from others; None without it."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return run_id and f"{run_id} {os.getppid()}"
+
+
 def restarts():
     """How often torchrun has started this process anew, after one of the former ones had died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

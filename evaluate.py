@@ -4,7 +4,7 @@ from pathlib import Path
 
 import dataset
 from dataset.loader import batches, test_loader
-from distributed import gather
+from distributed import gather, join, rank
 from flags import Parser, add_data_flags, add_network_flags, given_flags, parse_stored
 from net import CHOICES, create_model, model_name, network_of
 from net.export import MODEL_FILES, save_model
@@ -24,7 +24,7 @@ from storage import (
     write_atomically,
     write_json,
 )
-from utils import UserError, choose_device, plural, progress, run, set_precision, warn
+from utils import UserError, plural, progress, run, say, set_precision, warn
 
 OUTPUTS = ("json", "export", "page", "save_model")  # flags that name a file to write
 
@@ -109,7 +109,7 @@ def resolve_flags(parser, argv):
         return resolved, checkpoint
     trained, tested = images_of(theirs), images_of(vars(resolved))
     if trained != tested:
-        print(f"{path}: trained on {trained}, tested on {tested}")
+        say(f"{path}: trained on {trained}, tested on {tested}")
     elif theirs.get("train_on") == "all":
         warn(f"{path} was trained on all classes of {resolved.dataset}: its recall here says "
              "nothing about unseen ones")  # fmt: skip
@@ -127,7 +127,7 @@ def main(argv=None):
     args, checkpoint = resolve_flags(build_parser(), argv)
     require_writable(args, *OUTPUTS)
     require_format(args, export=EMBEDDING_FILES, save_model=MODEL_FILES)
-    device = choose_device(args.gpu_id)
+    device = join(args.gpu_id)
     set_precision(args.precision)
     state, theirs = network_of(checkpoint, args.checkpoint)
     model = create_model(args.model, args.embedding_size, theirs["disent"], args.l2_norm,
@@ -137,10 +137,11 @@ def main(argv=None):
 
     images = dataset.load(args.dataset, args.data_root, "test")
     about = describe(f"{dataset.title(args.dataset)} test", images)
-    print(about)
-    if args.save_model:
+    say(about)
+    if args.save_model and rank() == 0:
         few = test_loader(images, args.image_size, 8, 0, device, model.interpolation)
         save_model(model, args.save_model, next(batches(few, device))[0])
+        model.precision = args.precision
     loader = test_loader(
         images, args.image_size, args.batch_size, args.workers, device, model.interpolation
     )
@@ -148,6 +149,8 @@ def main(argv=None):
     found, embeddings, hits = evaluate(
         model.to(device), loader, device, ks, images.queries, args.metrics
     )
+    if rank():
+        return
     found = {metric: 100 * fraction for metric, fraction in found.items()}
 
     print(f"{args.checkpoint} {args.remark}".strip())

@@ -73,7 +73,8 @@ def run_alone(main, name):
                f"--precision bf16; the last checkpoint is good ({reason})")  # fmt: skip
     except RuntimeError as error:
         if "gloo" in str(error) or "NCCL" in str(error):
-            end(1, f"another process of this run has ended ({str(error).splitlines()[0]})")
+            reason = str(error).splitlines()[0].split(". ")[0]
+            end(1, f"another process of this run has ended ({reason})")
         reason = str(error).splitlines()[0]
         if "does not have a deterministic implementation" in reason:
             end(2, f"error: --deterministic: {reason.split(', but')[0]}; train without the flag")

@@ -16,6 +16,10 @@ from utils import UserError, plural, progress, say
 CPU = torch.device("cpu")
 
 
+class TooLarge(UserError):
+    of_one_process = True
+
+
 class Cache:
     """Every image, under its path: a drop-in for `read_image`.
 
@@ -90,7 +94,7 @@ def decoded(cache, paths, workers, device=CPU, more=0):
         if (free := available_memory(place)) < needed:
             gpu = place.type == "cuda"
             kind, instead = ("GPU memory", "ram") if gpu else ("memory", "none")
-            raise UserError(
+            raise TooLarge(
                 f"--cache {cache}: {what}, and {free / 2**30:.1f} GiB of {kind} are free, "
                 f"{(needed - free) / 2**30:.3g} GiB too few; use --cache {instead}"
             )

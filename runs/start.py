@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from distributed import from_first, restarts, world
+from distributed import from_first, job, restarts, world
 from flags import VERSION
 from runs.checkpoint import (
     PARTS,
@@ -35,7 +35,7 @@ KINDS = ("_last.pth", "_previous.pth", "_best.pth")
 def open_run(parser, args, given):
     """(flags, RunFolder, checkpoint or None): where to write, and what to continue from."""
     folder = run_folder_path(args, parser)
-    if restarts() and args.resume is None and stored_flags(folder):
+    if restarts() and args.resume is None and stored(folder).get("job") == job():
         args.resume = ""  # what the processes before these have begun
     if len(os.fsencode(folder.name)) > 255:
         raise UserError(
@@ -78,12 +78,17 @@ def open_on_first(parser, args, given):
     return args, run_folder, whole or sent, complete
 
 
-def stored_flags(folder):
-    """The flags in a run's args.json; {} where that cannot be read."""
+def stored(folder):
+    """A run's args.json; {} where that cannot be read."""
     try:
-        return dict(json.loads((folder / "args.json").read_text())["flags"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return dict(json.loads((folder / "args.json").read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
+
+
+def stored_flags(folder):
+    flags = stored(folder).get("flags")
+    return flags if isinstance(flags, dict) else {}
 
 
 def find_run(args, given, folder):
@@ -161,7 +166,7 @@ def recorded(run_folder, training, argv, mode, train, test, checkpoint):
     description = run_folder.claim(args, new=checkpoint is None)
     run_folder.require_room(bytes_needed(training))
     run_id, process = description.get("wandb_id"), describe_process(argv, training.device)
-    description = {**process, "flags": vars(args), "resumed": [], **description}
+    description = {**process, "flags": vars(args), "resumed": [], **description, "job": job()}
     if checkpoint:
         warn_of_other_bits(description, process)
         description["resumed"].append(process)

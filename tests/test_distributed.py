@@ -17,7 +17,7 @@ import train
 import utils
 from distributed import SharedBatchNorm
 from tests import kill, processes
-from tests.conftest import ROOT, TINY, fails, make_cub, metrics, run_folder
+from tests.conftest import ROOT, TINY, checkpoint_of, fails, make_cub, metrics, run_folder
 
 COMMAND = TINY.replace("--batch-size 8", "--batch-size 7")  # shares of unequal size
 
@@ -91,7 +91,9 @@ def wait_for(condition):
 
 def test_a_killed_process_ends_the_job_a_restart_continues_it_and_a_signal_stops_all(here):
     make_cub(here / "data", classes=6)
-    job = torchrun(2, f"tests.toy {COMMAND} --epochs 10000", "--max-restarts=1")
+    train.main(shlex.split(COMMAND + "--epochs 1"))  # which is not what the restart goes on with
+    checkpoint_of(run_folder(here)).unlink()
+    job = torchrun(2, f"tests.toy {COMMAND} --epochs 10000 --overwrite", "--max-restarts=1")
     wait_for(lambda: list(here.glob("logs/*/*/*_last.pth")))
     first = workers_of(job)
     os.kill(first[1], signal.SIGKILL)  # the other one ends by itself
@@ -130,7 +132,7 @@ def test_batch_norm_over_processes_is_batch_norm_and_gives_maps_of_the_same_type
 def test_what_cannot_be_shared_is_refused_in_one_line(here, capsys, monkeypatch):
     make_cub(here / "data")
     monkeypatch.setattr(train, "world", lambda: 9)
-    assert "--batch-size 8: fewer than the 9 processes" in fails(TINY, capsys)
+    assert "--batch-size 8 or the test images are fewer than the 9 processes" in fails(TINY, capsys)
     line = fails(TINY + "--shard-proxies --loss CosFace", capsys)
     assert "--shard-proxies: --loss CosFace" in line and "--loss Proxy_Anchor" in line
     monkeypatch.setattr(recipe, "world", lambda: 3)
