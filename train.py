@@ -130,6 +130,10 @@ def train_epoch(training, loader, epoch, after_step):
         epoch.tick("step")
 
 
+def watched(stop):
+    return stop.between if world() == 1 else iter  # several would end at different batches
+
+
 def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
     """Train what is left of an epoch, save, evaluate, save; the epoch's result, and the test
     images' embeddings and hits. Where a signal or a damaged image ends it, the exception says what
@@ -163,7 +167,7 @@ def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
         started, scores, retrieved = time.perf_counter(), {}, None
         if test_scores:
             save()  # evaluating takes long enough to be interrupted in any way
-            scores, *retrieved = test_scores(watch=stop.between)
+            scores, *retrieved = test_scores(watch=watched(stop))
     except (Interrupted, UnreadableImage) as error:
         # of several processes only one knows of a damaged image, and it cannot save their parts
         if epoch.step > saved and (world() == 1 or isinstance(error, Interrupted)):
@@ -269,7 +273,7 @@ def main(argv=None):
                 epoch, training, train_batches, test_scores, run_folder, stop, wandb_run
             )
             if test and not retrieved:  # all was trained before; what is left is to draw
-                _, *retrieved = test_scores(watch=stop.between)
+                _, *retrieved = test_scores(watch=watched(stop))
         if run_folder:
             about = test and f"{describe('test', test)}. Below, the last epoch's network."
             draw(run_folder, training.history, about, test, retrieved, wandb_run)
