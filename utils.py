@@ -74,6 +74,7 @@ def run_alone(main, name):
     except RuntimeError as error:
         if "gloo" in str(error) or "NCCL" in str(error):
             reason = str(error).splitlines()[0].split(". ")[0]
+            time.sleep(1)  # torchrun is to see that one first, and names it
             end(1, f"another process of this run has ended ({reason})")
         reason = str(error).splitlines()[0]
         if "does not have a deterministic implementation" in reason:
