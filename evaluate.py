@@ -141,7 +141,6 @@ def main(argv=None):
     if args.save_model and rank() == 0:
         few = test_loader(images, args.image_size, 8, 0, device, model.interpolation)
         save_model(model, args.save_model, next(batches(few, device))[0])
-        model.precision = args.precision
     loader = test_loader(
         images, args.image_size, args.batch_size, args.workers, device, model.interpolation
     )

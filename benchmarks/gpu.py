@@ -39,7 +39,7 @@ GFLOP, MB = 12.2, 58  # of an image in a step: arithmetic, and traffic in 16 bit
 CUB = "--dataset cub --disent True --al 1.0 --be 0.1 --gam 0.00001 --weights none --wandb disabled "
 DEMO = (
     CUB.replace("cub", "demo") + "--image-size 64 --batch-size 32 --embedding-size 64 --epochs 12 "
-    "--lr 1e-3 --lr-decay-step 8 --warm 0 --bn-freeze 0 --overwrite "
+    "--lr 1e-3 --lr-decay-step 8 --warm 0 --bn-freeze 0 "
 )
 SETTINGS = {
     "fp32": "",

@@ -2,6 +2,8 @@
 
 from functools import partial
 
+from scipy.io import loadmat
+
 from dataset.files import below, class_folders, first_existing, halves, require_size
 from utils import UserError
 
@@ -83,8 +85,6 @@ def class_names(cells):
 
 def parse_mat(file, parse):
     """What `parse` makes of a .mat file's variables."""
-    from scipy.io import loadmat  # takes a second, and only this needs it
-
     try:
         require_size(file)
         return parse(loadmat(file))

@@ -33,9 +33,9 @@ def save_model(model, path, pixels):
     """Write the network, its preparation inside, for batches of any size; `pixels`, uint8 RGB
     [B, H, W, 3], are some of its images. UserError, and no file, where it cannot be exported, or
     where the file's bytes, loaded again, embed them otherwise than `model` does. Leaves `model`, on
-    the CPU, in eval mode and fp32."""
+    the CPU, in eval mode."""
     network, pixels = Embedder(model).eval(), pixels.cpu()
-    network.model.precision = "fp32"  # whoever reads the file may choose another
+    precision, model.precision = model.precision, "fp32"  # who reads the file may choose another
     export = to_onnx if Path(path).suffix.lower() == ".onnx" else to_pt2
     two = pixels[:1].repeat(2, 1, 1, 1)  # a batch of one would be taken for the only size
     try:
@@ -47,6 +47,8 @@ def save_model(model, path, pixels):
     except Exception as error:  # exporters fail in a dozen ways
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path}: torch cannot export {model.name}: {reason}") from error
+    finally:
+        model.precision = precision
     most = torch.cat(errors).abs().max().item()
     if not most <= TOLERANCE:
         raise UserError(f"{path}: not written, its embeddings are off by {most:.1e}")

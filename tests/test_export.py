@@ -154,7 +154,9 @@ def loaded(name):
 
 def test_bn_inception_is_saved(here, capsys):
     pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
-    export.save_model(create_model("bn_inception", 16, disent=True).train(), "m.pt2", pixels)
+    model = create_model("bn_inception", 16, disent=True, precision="bf16").train()
+    export.save_model(model, "m.pt2", pixels)
+    assert model.precision == "bf16"  # in which evaluate.py goes on
     assert "m.pt2: uint8 [B, 32, 32, 3] -> float32 [B, 16]; on 3 " in capsys.readouterr().out
 
 
