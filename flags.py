@@ -110,6 +110,11 @@ def boolean(text):
         raise ValueError(text) from None  # argparse names the flag and the value
 
 
+def compile_mode(text):
+    """argparse type: whether to torch.compile, or as its mode of CUDA graphs."""
+    return text if text == "reduce-overhead" else boolean(text)
+
+
 def at_least(low, kind=int, most=10**9):
     """argparse type: a number no smaller than `low`, and not beyond all use."""
 

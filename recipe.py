@@ -117,13 +117,13 @@ def train_step(model, criterion, optimizer, images, labels, noise=None, batch_si
     """One step on the network's input, of several processes each with its rows of the batch of
     `batch_size` and all of its noise; returns {each term, "loss", "gradient" (its largest entry):
     detached scalar on the device}."""
+    optimizer.zero_grad()
     output, labels = model(images), gather(labels, batch_size)
     if model.disent:
         loss, terms = criterion(*(gather(head, batch_size) for head in output), labels, noise)
     else:
         loss = criterion(gather(output, batch_size), labels)
         terms = {"metric": loss}
-    optimizer.zero_grad()
     (loss / world()).backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sum_gradients(parameters)

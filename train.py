@@ -24,6 +24,7 @@ from flags import (
     add_network_flags,
     at_least,
     boolean,
+    compile_mode,
     given_flags,
     name_part,
 )
@@ -54,8 +55,8 @@ def build_parser():
 
     add = add_network_flags(parser, model_name, CHOICES)
     add("--weights", default="imagenet", help="imagenet, none, or a checkpoint's path")
-    add("--compile", default=False, const=True, nargs="?", type=boolean,
-        help="torch.compile the backbone; the numbers differ in their last digits")  # fmt: skip
+    add("--compile", default=False, const=True, nargs="?", type=compile_mode, metavar="MODE",
+        help="torch.compile the backbone; reduce-overhead: as CUDA graphs too")  # fmt: skip
     add("--deterministic", default=False, const=True, nargs="?", type=boolean,
         help="the same bits each time on CUDA too, at some cost in speed")  # fmt: skip
 
@@ -256,11 +257,10 @@ def main(argv=None):
     with first_alone():
         train, test = load_images(args)
         weights = None if checkpoint else args.weights
-        names = digest_of_names(train, test)
-        training = Training(args, len(train.classes), device, weights, names)
+        training = Training(args, len(train.classes), device, weights, digest_of_names(train, test))
     training.model.num_features(args.image_size)  # ends here where the network cannot take it
     if args.compile:
-        compile_backbone(training.model)
+        compile_backbone(training.model, args.compile)
     epoch = Epoch(done)
     if checkpoint:
         restore(training, checkpoint, args.resume)
@@ -286,9 +286,7 @@ def train_from(epoch, training, train_batches, test_scores, run_folder, stop, wa
     """The epochs that are left; the last one's embeddings and hits of the test images."""
     epochs, retrieved = training.args.epochs, None
     while epoch.number < epochs:
-        result, retrieved = run_epoch(
-            training, train_batches, test_scores, epoch, run_folder, stop
-        )
+        result, retrieved = run_epoch(training, train_batches, test_scores, epoch, run_folder, stop)
         say_epoch(result, epochs)
         if wandb_run:
             log_epoch(wandb_run, training.history, **memory_of(training.device))

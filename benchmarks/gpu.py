@@ -43,10 +43,13 @@ DEMO = (
 )
 SETTINGS = {
     "fp32": "",
+    "fp32, NCHW": "",
     "fp32, compiled": "--compile",
     "tf32": "--precision tf32",
     "bf16": "--precision bf16",
+    "bf16, NCHW": "--precision bf16",
     "bf16, compiled": "--precision bf16 --compile",
+    "bf16, compiled, CUDA graphs": "--precision bf16 --compile reduce-overhead",
     "bf16, BatchNorm trained": "--precision bf16 --bn-freeze 0",
     "bf16, warm-up": "--precision bf16 --warm 9",
 }
@@ -77,15 +80,15 @@ def ceilings():
     return flops, 2 * len(x) / seconds_of(partial(torch.empty_like(x).copy_, x))
 
 
-def step_with(flags):
+def step_with(flags, layout=torch.channels_last):
     """(a training step of 180 images of the CUB command, its Training)."""
     args = train.build_parser().parse_args(shlex.split(CUB + flags))
     settle_loss(args)
     set_precision(args.precision, args.deterministic)
     training = Training(args, 100, DEVICE, None)
-    model = training.model
+    model = training.model.to(memory_format=layout)
     if args.compile:
-        compile_backbone(model)
+        compile_backbone(model, args.compile)
     prepare_epoch(model, 1, args.warm, args.bn_freeze)
     torch.manual_seed(0)
     pixels = torch.randint(256, (B, SIZE, SIZE, 3), dtype=torch.uint8).to(DEVICE)
@@ -93,9 +96,8 @@ def step_with(flags):
 
     def step():
         noise = loss_noise((B, args.embedding_size), DEVICE)
-        return train_step(
-            model, training.criterion, training.optimizer, model.prepare(pixels), labels, noise
-        )
+        images = model.prepare(pixels).contiguous(memory_format=layout)
+        return train_step(model, training.criterion, training.optimizer, images, labels, noise)
 
     return step, training
 
@@ -108,10 +110,11 @@ def steps():
     rows = []
     for name, flags in SETTINGS.items():
         torch.cuda.reset_peak_memory_stats()
-        step, training = step_with(flags)
+        layout = torch.contiguous_format if "NCHW" in name else torch.channels_last
+        step, training = step_with(flags, layout)
         seconds = seconds_of(step)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-            step()
+            values = step()
             torch.cuda.synchronize()
         precision = training.args.precision
         traffic = MB * 1e6 * (1 if precision == "bf16" else 2) / bandwidth
@@ -124,6 +127,7 @@ def steps():
             "of the roofline": roof / seconds if not training.args.warm > 1 else float("nan"),
             "kernels and copies": sum(e.device_type.name == "CUDA" for e in seen.events()),
             "peak GiB": torch.cuda.max_memory_allocated() / 2**30,
+            "its loss": float(values["loss"]),  # after as many steps from the same weights
         })  # fmt: skip
     report(rows, __doc__)
 
@@ -214,7 +218,7 @@ def runs():
                 "s of evaluation": statistics.median(e["seconds_eval"] for e in history[1:]),
                 "s of 60 such epochs": 60 * statistics.median(e["seconds"] for e in history[1:]),
                 "s from start to end": seconds,
-            })
+            })  # fmt: skip
     report(rows, __doc__)
 
 

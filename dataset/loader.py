@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -91,9 +91,22 @@ test_loader.__test__ = False  # no test of pytest's
 
 def batches(loader, device):
     """(pixels uint8 RGB [B, H, W, 3], labels [B], index [B] of the images) on `device`; a UserError
-    met by a worker is raised here."""
+    met by a worker is raised here. To a GPU they are copied while it computes."""
+    copying = stream_of_copies(device) if device.type == "cuda" else None
     for batch in raising(loader):
-        yield [x.to(device, non_blocking=True) for x in batch]
+        with torch.cuda.stream(copying):
+            batch = [x.to(device, non_blocking=True) for x in batch]
+        if copying:
+            computing = torch.cuda.current_stream(device)
+            computing.wait_stream(copying)
+            for x in batch:  # else their memory would be free for the next copy before it is read
+                x.record_stream(computing)
+        yield batch
+
+
+@cache
+def stream_of_copies(device):
+    return torch.cuda.Stream(device)  # one: each has memory of its own
 
 
 def raising(loader):

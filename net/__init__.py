@@ -99,10 +99,12 @@ class EmbeddingNet(nn.Module):
         return l2_normalize(mu)
 
 
-def compile_backbone(model):
-    """Put backbone and pooling, which take the time, through torch.compile, to train and to embed.
-    The function is compiled, the module stays: its weights keep their names."""
-    pool, trained = torch.compile(model.pool, dynamic=False), None
+def compile_backbone(model, mode=True):
+    """Put backbone and pooling, which take the time, through torch.compile, to train and to embed,
+    in one of its modes or, with True, the usual one. The function is compiled, the module stays:
+    its weights keep their names."""
+    mode = None if mode is True else mode
+    pool, trained = torch.compile(model.pool, dynamic=False, mode=mode), None
 
     def compiled(images):
         nonlocal trained

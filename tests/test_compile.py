@@ -77,3 +77,20 @@ def test_what_cannot_be_compiled_ends_in_one_line(here, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=without_a_compiler))
     line = fails(TINY + "--compile", capsys)
     assert "--compile: torch cannot compile toy: " in line and "no compiler here" in line
+
+
+def test_compile_can_ask_for_cuda_graphs_and_the_run_keeps_to_it(here, monkeypatch, capsys):
+    modes = []
+
+    def plain(function, dynamic, mode):
+        modes.append(mode)
+        return function
+
+    make_cub(here / "data")
+    monkeypatch.setattr(torch, "compile", plain)
+    train.main(shlex.split(TINY + "--compile --LOG_DIR usual"))
+    train.main(shlex.split(TINY + "--compile reduce-overhead --epochs 1"))
+    train.main(shlex.split(f"--resume '{run_folder(here)}' --epochs 2"))
+    assert modes == [None, "reduce-overhead", "reduce-overhead"]
+    assert "_compilereduce-overhead_" in run_folder(here).name
+    assert "argument --compile: " in fails(TINY + "--compile fast", capsys)
