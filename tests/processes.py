@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import recipe
@@ -16,6 +15,7 @@ from net.backbones import BACKBONES, Backbone
 from retrieval.metrics import hits_at_k
 from runs.checkpoint import capture
 from tests import toy
+from tests.operations import Operations
 
 BATCH, CLASSES, WARM, STEPS = 11, 23, 2, 6  # of unequal shares; 23 is no other length here
 
@@ -24,19 +24,6 @@ class Unused(toy.Toy):
     def __init__(self):
         super().__init__()
         self.last_linear = nn.Linear(16, 3)  # as BN-Inception's classifier: it has no gradient
-
-
-class Shapes(TorchDispatchMode):
-    """Every shape of a tensor that an operation has given, in backward too."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        self.seen |= {tuple(x.shape) for x in tree_leaves(out) if torch.is_tensor(x)}
-        return out
 
 
 def trained(bn_freeze, disent=True, shard_proxies=False):
@@ -51,13 +38,17 @@ def trained(bn_freeze, disent=True, shard_proxies=False):
     )  # fmt: skip
     training = recipe.Training(args, CLASSES, torch.device("cpu"), None)
     model, criterion = training.model.double(), training.criterion.double()
-    found, largest, shapes = {}, [], Shapes()
+    found, largest, shapes = {}, [], set()
+
+    def look(operation, args, result):
+        shapes.update(tuple(x.shape) for x in tree_leaves(result) if torch.is_tensor(x))
+
     for step in range(STEPS):
         torch.manual_seed(step)
         recipe.prepare_epoch(model, step, WARM, bn_freeze)
         images, labels = torch.randn(BATCH, 3, 16, 16).double(), torch.randint(CLASSES, (BATCH,))
         noise = torch.randn(2, BATCH, 6).double()
-        with shapes if shard_proxies else contextlib.nullcontext():
+        with Operations(look) if shard_proxies else contextlib.nullcontext():
             values = recipe.train_step(
                 model, criterion, training.optimizer, part(images), part(labels), noise, BATCH
             )
@@ -66,8 +57,8 @@ def trained(bn_freeze, disent=True, shard_proxies=False):
     assert max(largest) > recipe.CLIP_VALUE
     if shard_proxies:
         (proxies,) = criterion.parameters()
-        assert len(proxies) <= -(-CLASSES // world()) and (BATCH, len(proxies)) in shapes.seen
-        assert world() == 1 or not any(CLASSES in shape for shape in shapes.seen)
+        assert len(proxies) <= -(-CLASSES // world()) and (BATCH, len(proxies)) in shapes
+        assert world() == 1 or not any(CLASSES in shape for shape in shapes)
     checkpoint = capture(training)
     found |= checkpoint["model_state_dict"] | checkpoint["criterion_state_dict"]
     for number, state in checkpoint["optimizer_state_dict"]["state"].items():

@@ -9,7 +9,6 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 from dataset.images import ImageSet
@@ -20,7 +19,7 @@ from retrieval.embed import embed
 from retrieval.metrics import precision_at_r
 from retrieval.search import nearest
 from tests import forked
-from tests.conftest import Waits
+from tests.operations import Operations, Waits
 
 KS = (1, 2, 4, 8, 100)
 
@@ -193,17 +192,6 @@ def test_under_autocast_every_result_of_retrieval_is_the_one_without():
 MATMUL = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 
 
-class SettingsOfProducts(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.mm.default:
-            self.seen.append([setting.fp32_precision for setting in MATMUL])
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("owner, name, value", [
     (torch.backends.cuda.matmul, "allow_tf32", True),
     (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
@@ -211,12 +199,16 @@ class SettingsOfProducts(TorchDispatchMode):
 ])  # fmt: skip
 def test_whatever_precision_is_set_products_have_float32s_and_it_is_set_again(owner, name, value):
     setattr(owner, name, value)
-    as_set = [setting.fp32_precision for setting in MATMUL]
-    with SettingsOfProducts() as products:
+    as_set, seen = [setting.fp32_precision for setting in MATMUL], []
+
+    def look(operation, *_):
+        if operation is torch.ops.aten.mm.default:
+            seen.append([setting.fp32_precision for setting in MATMUL])
+
+    with Operations(look):
         retrieved(*random_set())
     after = [setting.fp32_precision for setting in MATMUL]
-    assert len(products.seen) > 3
-    assert all(seen == ["ieee", "ieee"] for seen in products.seen)
+    assert len(seen) > 3 and all(each == ["ieee", "ieee"] for each in seen)
     assert after == as_set and set(as_set) & {"tf32", "bf16"}
 
 

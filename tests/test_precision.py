@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import search
@@ -16,23 +15,20 @@ from net import create_model, load_model
 from net.export import save_model
 from recipe import Training, prepare_epoch, settle_loss, train_step
 from tests.conftest import TINY, checkpoint_of, fails, make_cub, make_folder, metrics, run_folder
+from tests.operations import Operations
 from tests.test_net import BACKBONES
 
 PIXELS = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
-ATEN = torch.ops.aten
 
 
-class Convolutions(TorchDispatchMode):
-    """The (inputs, weights) that convolutions are computed with, behind autocast."""
+def convolutions(seen):
+    """Notes the (inputs, weights) that convolutions are computed with, behind autocast."""
 
-    def __init__(self):
-        super().__init__()
-        self.seen = []
+    def look(operation, args, _):
+        if operation is torch.ops.aten.convolution.default:
+            seen.append(args[:2])
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is ATEN.convolution.default:
-            self.seen.append(args[:2])
-        return function(*args, **(kwargs or {}))
+    return Operations(look)
 
 
 def test_frozen_batchnorm_is_folded_in_float32_and_then_cast_to_bfloat16():
@@ -46,10 +42,10 @@ def test_frozen_batchnorm_is_folded_in_float32_and_then_cast_to_bfloat16():
             bn.weight.data.uniform_(0.5, 1.5)
             scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
             folded.append((layers[name[:-3]].weight * scale.view(-1, 1, 1, 1)).bfloat16())
-    with Convolutions() as convolutions:
+    with convolutions(seen := []):
         model(model.prepare(PIXELS))
-    assert len(convolutions.seen) == len(folded) == 69
-    for (inputs, weight), expected in zip(convolutions.seen, folded):
+    assert len(seen) == len(folded) == 69
+    for (inputs, weight), expected in zip(seen, folded):
         assert inputs.dtype == torch.bfloat16 and torch.equal(weight, expected)
 
 
@@ -72,9 +68,9 @@ def test_bf16_trains_float32_parameters_through_bfloat16_maps_and_float32_heads(
     prepare_epoch(model, epoch=1, warm=1, bn_freeze=bn_freeze)
     before = model.model.embedding.weight.detach().clone()
     images = model.prepare(PIXELS[:, :32, :32])
-    with Convolutions() as convolutions:
+    with convolutions(seen := []):
         values = train_step(model, side.criterion, side.optimizer, images, torch.arange(4) % 2)
-    assert {x.dtype for pair in convolutions.seen for x in pair} == {torch.bfloat16}
+    assert {x.dtype for pair in seen for x in pair} == {torch.bfloat16}
     assert set(maps) <= {torch.bfloat16} and heads == [torch.float32] * 4
     assert values["loss"].dtype == torch.float32 and values["loss"].isfinite()
     parameters = [*model.parameters(), *side.criterion.parameters()]

@@ -24,7 +24,8 @@ from recipe import (
 )
 from runs.checkpoint import capture
 from runs.results import Epoch
-from tests.conftest import TINY, Waits, fails, make_cub, metrics, run_folder
+from tests.conftest import TINY, fails, make_cub, metrics, run_folder
+from tests.operations import Waits
 
 
 def recipe(flags=""):
