@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
 import recipe
 import train
 import utils
@@ -61,18 +62,24 @@ def assert_close(ours, theirs):
         assert {k: v for k, v in a.items() if "@" in k} == {k: v for k, v in b.items() if "@" in k}
 
 
-def test_a_run_of_two_processes_is_continued_by_three_and_by_one_with_parts_of_the_proxies(here):
+def test_a_run_of_two_processes_is_continued_by_three_and_by_one_and_evaluated_by_two(here):
     make_cub(here / "data", classes=6)
     train.main(shlex.split(COMMAND + "--LOG_DIR alone --epochs 3"))
     (alone,) = here.glob("alone/*/*")
-    finished(torchrun(2, f"tests.toy {COMMAND} --workers 1 --epochs 1 --cache gpu --shard-proxies"))
+    parts = "--cache gpu --shard-proxies"
+    finished(torchrun(2, f"tests.toy train.py {COMMAND} --workers 1 --epochs 1 {parts}"))
     said = Path("log").read_text()
     assert said.count("epoch 0  loss") == 1 and "2 processes" in said
-    finished(torchrun(3, f"tests.toy {COMMAND} --epochs 2 --resume"))
+    finished(torchrun(3, f"tests.toy train.py {COMMAND} --epochs 2 --resume"))
     train.main(shlex.split(COMMAND + "--epochs 3 --resume --shard-proxies False"))
     assert_close(metrics(alone), metrics(run_folder(here)))
     assert json.loads((run_folder(here) / "args.json").read_text())["processes"] == 2
     assert (run_folder(here) / "page.html").exists()
+    last = checkpoint_of(run_folder(here))
+    finished(torchrun(2, f"tests.toy evaluate.py '{last}' --workers 0 --metrics --json two.json"))
+    assert Path("log").read_text().count("R@1 : ") == 1
+    evaluate.main(shlex.split(f"'{last}' --workers 0 --metrics --json one.json"))
+    assert Path("one.json").read_text() == Path("two.json").read_text()
 
 
 def workers_of(job):
@@ -93,7 +100,8 @@ def test_a_killed_process_ends_the_job_a_restart_continues_it_and_a_signal_stops
     make_cub(here / "data", classes=6)
     train.main(shlex.split(COMMAND + "--epochs 1"))  # which is not what the restart goes on with
     checkpoint_of(run_folder(here)).unlink()
-    job = torchrun(2, f"tests.toy {COMMAND} --epochs 10000 --overwrite", "--max-restarts=1")
+    endless = f"tests.toy train.py {COMMAND} --epochs 10000 --overwrite"
+    job = torchrun(2, endless, "--max-restarts=1")
     wait_for(lambda: list(here.glob("logs/*/*/*_last.pth")))
     first = workers_of(job)
     os.kill(first[1], signal.SIGKILL)  # the other one ends by itself

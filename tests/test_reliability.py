@@ -175,7 +175,7 @@ def test_a_checkpoint_is_an_ordinary_torch_file(tmp_path):
 
 def test_a_full_disk_under_the_output_is_one_line(here):
     make_cub(here / "data")
-    command = [sys.executable, "-m", "tests.toy", *shlex.split(TINY)]
+    command = [sys.executable, "-m", "tests.toy", "train.py", *shlex.split(TINY)]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             command, cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=full,

@@ -1,6 +1,6 @@
 """A backbone of two small layers, for runs in which the network is not the point.
 
-python -m tests.toy FLAGS is train.py with it.
+python -m tests.toy SCRIPT FLAGS is train.py or evaluate.py with it.
 """
 
 import sys
@@ -29,8 +29,9 @@ BACKBONES["toy_with_dropout"] = lambda: Backbone(Toy(0.3), pool)
 
 
 if __name__ == "__main__":
+    import evaluate
     import train
     from utils import run
 
-    sys.argv[0] = "train.py"
-    run(train.main)
+    del sys.argv[0]
+    run({"train.py": train, "evaluate.py": evaluate}[sys.argv[0]].main)
