@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,12 @@ def choose_device(gpu_id):
     device = torch.device("cuda", max(gpu_id, 0))
     torch.cuda.set_device(device)  # pinned memory belongs to the current device
     return device
+
+
+@cache  # one: each has memory of its own
+def stream_of_copies(device):
+    """In which a GPU copies while it computes; None, in a `with` no other one, on the CPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def set_precision(precision, deterministic=False):

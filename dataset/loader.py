@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -11,7 +11,7 @@ from dataset.augment import crop_and_flip, draw, resize_and_crop
 from dataset.files import UnreadableImage
 from dataset.sampler import EpochBatches
 from distributed import part
-from utils import UserError, progress
+from utils import UserError, progress, stream_of_copies
 
 # The number of workers is the user's choice, and the published default is 4.
 warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
@@ -92,7 +92,7 @@ test_loader.__test__ = False  # no test of pytest's
 def batches(loader, device):
     """(pixels uint8 RGB [B, H, W, 3], labels [B], index [B] of the images) on `device`; a UserError
     met by a worker is raised here. To a GPU they are copied while it computes."""
-    copying = stream_of_copies(device) if device.type == "cuda" else None
+    copying = stream_of_copies(device)
     for batch in raising(loader):
         with torch.cuda.stream(copying):
             batch = [x.to(device, non_blocking=True) for x in batch]
@@ -102,11 +102,6 @@ def batches(loader, device):
             for x in batch:  # else their memory would be free for the next copy before it is read
                 x.record_stream(computing)
         yield batch
-
-
-@cache
-def stream_of_copies(device):
-    return torch.cuda.Stream(device)  # one: each has memory of its own
 
 
 def raising(loader):

@@ -7,7 +7,7 @@ import torch
 import dataset
 from distributed import most, part_from_first, rank, to_first, world
 from flags import flag_of, parse_stored
-from utils import UserError
+from utils import UserError, stream_of_copies
 
 # The optimiser of a continued run has made its steps in another process.
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -22,8 +22,8 @@ FREE_ON_RESUME = {"epochs", "metrics", "workers", "cache", "gpu_id", "data_root"
 
 def capture(training, partial=None):
     """A checkpoint: of a finished epoch, or with `partial` of the one that it has begun; in the
-    first process, which writes it, a copy in the host's memory, so that training can go on. Where
-    the proxies are in parts all processes call this, and the first has the whole."""
+    first process, which writes it, a copy on the device, so that training can go on. Where the
+    proxies are in parts all processes call this, and the first has the whole."""
     checkpoint = {
         "model_state_dict": training.model.state_dict(),  # differs: the script saves this alone
         "criterion_state_dict": training.criterion.state_dict(),
@@ -35,18 +35,25 @@ def capture(training, partial=None):
         "images": training.images,  # which they are: with other ones it is another run
     }
     if rank() == 0:
-        checkpoint = copied(checkpoint)
+        checkpoint = of_tensors(torch.clone, checkpoint)
     require_finite(training)  # waits for the device, and so for the copies
     return by_class(checkpoint, to_first) if training.args.shard_proxies else checkpoint
 
 
-def copied(value):
-    """A state with its tensors in the host's memory; a GPU's are there after the next wait."""
+def on_host(checkpoint):
+    """A captured checkpoint in the host's memory."""
+    device = next(iter(checkpoint["model_state_dict"].values())).device
+    with torch.cuda.stream(stream_of_copies(device)):
+        return of_tensors(torch.Tensor.cpu, checkpoint)
+
+
+def of_tensors(function, value):
+    """A state with function(x) in the place of each tensor x."""
     if torch.is_tensor(value):
-        return value.to("cpu", non_blocking=True, copy=True)
+        return function(value)
     if isinstance(value, dict):
-        return {key: copied(part) for key, part in value.items()}
-    return [copied(part) for part in value] if isinstance(value, list) else value
+        return {key: of_tensors(function, part) for key, part in value.items()}
+    return [of_tensors(function, part) for part in value] if isinstance(value, list) else value
 
 
 def by_class(checkpoint, function):

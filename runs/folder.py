@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from runs.checkpoint import network_alone
+from runs.checkpoint import network_alone, on_host
 from runs.results import best_of, scores_of, summary
 from storage import read_checkpoint, temporary_of, write_atomically, write_checkpoint, write_json
 from utils import UserError, warn
@@ -121,6 +121,7 @@ class RunFolder:
         """Of a finished epoch, first the best network and the results. What --resume continues from
         comes last, so that an interrupted save is an epoch that never happened; the checkpoint
         before it is kept."""
+        checkpoint = on_host(checkpoint)
         history = checkpoint["history"]
         if not checkpoint["partial"]:
             if scores_of(history[-1]) and best_of(history) is history[-1]:
