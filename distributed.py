@@ -107,35 +107,6 @@ def turns(items):
     return items[rank() :: world()]
 
 
-def of_each(x, rows):
-    """[W, rows, ...]: every process's x, of at most so many rows, filled up with zeros."""
-    x = torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
-    everyone = [torch.empty_like(x) for _ in range(world())]
-    dist.all_gather(everyone, x)
-    return torch.stack(everyone)
-
-
-class Gather(torch.autograd.Function):
-    """Each process's `part` of a batch -> the batch [count, ...]. A row's gradient is the sum of
-    all processes'."""
-
-    @staticmethod
-    def forward(ctx, x, count):
-        rows = [len(each) for each in parts_of(range(count))]
-        return torch.cat([each[:size] for each, size in zip(of_each(x, max(rows)), rows)])
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return part(all_reduced(gradient.clone())), None
-
-
-def gather(x, count=None):
-    """The whole of what each process has a `part` of."""
-    if world() == 1:
-        return x
-    return Gather.apply(x, count or int(all_reduced(torch.tensor(len(x)))))
-
-
 def all_reduced(x, op="sum"):
     """x, reduced in place over all processes."""
     if world() > 1:
@@ -145,10 +116,11 @@ def all_reduced(x, op="sum"):
 
 def sum_gradients(parameters):
     """In one call; a parameter that has no gradient has none in any process. Where each process has
-    its own part of a parameter, that part's gradient is complete."""
+    its own part of a parameter (--shard-proxies), that part's gradient is complete."""
     if world() == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None and not is_part(p)]
+    whole = [p for p in parameters if not getattr(p, "is_part", False)]
+    gradients = [p.grad for p in whole if p.grad is not None]
     flat = all_reduced(torch.cat([gradient.flatten() for gradient in gradients]))
     for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients])):
         gradient.copy_(total.view_as(gradient))
@@ -166,20 +138,18 @@ class Sum(torch.autograd.Function):
         return all_reduced(gradient.clone())
 
 
-def largest(x):
-    """The entry by entry greatest of all processes' x, infinite where one is not finite."""
-    return all_reduced(x.detach().nan_to_num(torch.inf, torch.inf, -torch.inf), "max")
-
-
-def is_part(parameter):
-    """Whether each process has its own part of it (--shard-proxies)."""
-    return getattr(parameter, "is_part", False)
+def gather(x, count=None):
+    """The whole of what each process has a `part` of, rows in order of rank: its own beside zeros,
+    summed. A row's gradient is the sum of all processes'."""
+    if world() == 1:
+        return x
+    whole = x.new_zeros(count or int(all_reduced(torch.tensor(len(x)))), *x.shape[1:])
+    part(whole).copy_(x)
+    return Sum.apply(whole)
 
 
 def to_first(x):
     """[C, ...] of all processes' parts, in the memory of rank 0; None in the others."""
-    if world() == 1:
-        return x
     C = int(all_reduced(torch.tensor(len(x))))
     if rank():
         dist.send(x.cpu(), 0)
@@ -194,8 +164,6 @@ def to_first(x):
 
 def part_from_first(x):
     """This process's part of x [C, ...], whose values rank 0 has and whose shape the others."""
-    if world() == 1:
-        return x
     mine = torch.empty_like(part(x), device="cpu")
     if rank():
         dist.recv(mine, 0)

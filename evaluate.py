@@ -48,17 +48,11 @@ def build_parser():
 
 
 def evaluate(model, loader, device, ks, queries=None, at_r=False, watch=iter):
-    """({metric: fraction} of the loader's images, their embeddings [N, d], {k: hits [Q]}), metrics
-    and hits as `scores` has them; `watch` goes around the batches. Leaves `model` in eval mode."""
+    """({"R@K": fraction} and `at_r` {"MAP@R", "R-Precision"} too, of the loader's images among each
+    other, or of the first `queries` among the rest; their embeddings [N, d]; {k: hits [Q]}, which
+    of them were found). `watch` goes around the batches. Leaves `model` in eval mode."""
     tested = progress(watch(batches(loader, device)), len(loader), "evaluating")
     embeddings, labels = map(gather, embed(model, tested))
-    metrics, hits = scores(embeddings, labels, ks, queries, at_r)
-    return metrics, embeddings, hits
-
-
-def scores(embeddings, labels, ks, queries=None, at_r=False):
-    """{"R@K": fraction} and `at_r` {"MAP@R", "R-Precision"} too, of all images among each other, or
-    of the first `queries` among the rest; and {k: hits [Q]}, which of them were found."""
     if not embeddings.isfinite().all():
         raise UserError("the network's embeddings are not all finite: its weights are of no use")
     query, gallery = (embeddings, labels), ()
@@ -68,7 +62,7 @@ def scores(embeddings, labels, ks, queries=None, at_r=False):
         )
     hits = hits_at_k(*query, ks, *gallery)
     found = {f"R@{k}": hit.sum().item() / len(hit) for k, hit in hits.items()}
-    return found | (precision_at_r(*query, *gallery) if at_r else {}), hits
+    return found | (precision_at_r(*query, *gallery) if at_r else {}), embeddings, hits
 
 
 def describe(name, images):

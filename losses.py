@@ -31,24 +31,20 @@ def l2_normalize(x):
 
 class Classes(NamedTuple):
     """The C classes, and which of them have their proxies here: all, or a process's part. `total`
-    and `largest` make sums and maxima over these those over all C; the gradient of `total` is the
-    sum of all processes'."""
+    makes sums over these those over all C; its gradient is the sum of all processes'."""
 
     C: int
     here: range
     total: Callable = lambda x: x
-    largest: Callable = lambda x: x
 
     def own(self, labels):
         """[B, C], whether a class is the label's."""
         here = torch.arange(self.here.start, self.here.stop, device=labels.device)
         return labels[:, None] == here
 
-    def log_sum_exp(self, x):
-        """log(sum of exp x over the classes): [B, C] -> [B]."""
-        x = x.logsumexp(dim=1)
-        top = self.largest(x.detach())
-        return top + self.total((x - top).exp()).log()
+    def log_sum_exp(self, x, most):
+        """log(sum of exp x over the classes), none of them above `most`: [B, C] -> [B]."""
+        return most + self.total((x.logsumexp(dim=1) - most).exp()).log()
 
 
 def initial_proxies(classes, d, block=2**16):
@@ -158,8 +154,8 @@ class DDML(nn.Module):
             logits, logits_s = (self.scale * l2_normalize(x) @ P.T for x in (z, z_s))   # [B, C]
             mean = classes.total(logits.sum(dim=1)) / classes.C                     # [B]
             own = classes.total((logits_s * classes.own(labels)).sum(dim=1))        # [B]
-            agnostic = (classes.log_sum_exp(logits) - mean).mean()
-            specific = (classes.log_sum_exp(logits_s) - own).mean()
+            agnostic = (classes.log_sum_exp(logits, self.scale) - mean).mean()
+            specific = (classes.log_sum_exp(logits_s, self.scale) - own).mean()
             # differs: log N(z_s; mu_s, std_s^2) - log N(z_s; 0, I) in eps_s, where nothing cancels
             split = ((z_s.square() - eps_s.square()) / 2 - log_std_s).sum(dim=1).mean()
 

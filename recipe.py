@@ -6,15 +6,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grad_value_, get_total_norm
 
-from distributed import (
-    Sum,
-    gather,
-    largest,
-    part,
-    share_batch_norm,
-    sum_gradients,
-    world,
-)
+from distributed import Sum, all_reduced, gather, part, share_batch_norm, sum_gradients, world
 from losses import DDML, LOSSES, PROXY_LOSSES, Classes
 from net import create_model
 from utils import UserError, warn
@@ -67,7 +59,7 @@ def settle_loss(args):
 def build_criterion(args, num_classes):
     C, parts = num_classes, {}
     if args.shard_proxies:
-        parts = {"classes": Classes(C, part(range(C)), Sum.apply, largest)}
+        parts = {"classes": Classes(C, part(range(C)), Sum.apply)}
         if C < world():
             raise UserError(f"--shard-proxies: {C} classes are fewer than the {world()} processes")
     loss = LOSSES[args.loss].make(C, args.embedding_size, args.mrg, args.alpha, **parts)
@@ -128,7 +120,8 @@ def train_step(model, criterion, optimizer, images, labels, noise=None, batch_si
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sum_gradients(parameters)
     gradient = get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf)
-    gradient = largest(gradient)  # of proxies in parts, each process knows its own
+    # of proxies in parts, each process knows its own; NCCL's maximum may pass over a NaN
+    gradient = all_reduced(gradient.nan_to_num(math.inf, math.inf), "max")
     if all(group.get("fused") for group in optimizer.param_groups):  # else it is stopped in time
         optimizer.grad_scale = None
         optimizer.found_inf = (~(loss + gradient).isfinite()).float()  # skips the step

@@ -161,6 +161,8 @@ def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
             epoch.fetch(files)
 
     prepare_epoch(training.model, epoch.number, args.warm, args.bn_freeze)
+    if args.compile and epoch.number == args.warm:
+        torch.compiler.reset()  # torch 2.11 does not look at what trains: it made no gradients
     try:
         train_epoch(training, train_batches, epoch, after_step)
         epoch.fetch(files)

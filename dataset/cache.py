@@ -23,26 +23,19 @@ class TooLarge(UserError):
 class Cache:
     """Every image, under its path: a drop-in for `read_image`.
 
-    `file` has the RGB bytes of the images of these sizes, int64 [N, 2], one after another. It is
-    opened once per process, and its memory is the kernel's: all workers share it.
+    `file` has the RGB bytes of the images of these sizes, int64 [N, 2], one after another. Its
+    memory is the kernel's: all workers share it.
     """
 
     def __init__(self, file, paths, sizes):
-        self.file, self.descriptor = file, os.open(file, os.O_RDONLY)
         starts = start_of_each(sizes).tolist()
-        self.images = dict(zip(paths, zip(starts, sizes.tolist())))
+        self.file, self.images = file, dict(zip(paths, zip(starts, sizes.tolist())))
 
     def __call__(self, path):
         start, (width, height) = self.images[path]
-        return Image.frombytes(
-            "RGB", (width, height), os.pread(self.descriptor, 3 * width * height, start)
-        )
-
-    def __getstate__(self):
-        return {**self.__dict__, "descriptor": None}
-
-    def __setstate__(self, state):
-        self.__dict__ = {**state, "descriptor": os.open(state["file"], os.O_RDONLY)}
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(start)
+            return Image.frombytes("RGB", (width, height), file.read(3 * width * height))
 
 
 def start_of_each(sizes):
@@ -113,11 +106,9 @@ def decode(job):
     image = read_image(path)
     if list(image.size) != size:
         raise UserError(f"{path}: changed while it was decoded")
-    with open(file, "r+b", buffering=0) as out:
+    with open(file, "r+b") as out:
         out.seek(start)
-        rest = memoryview(image.tobytes())
-        while rest:
-            rest = rest[out.write(rest) :]
+        out.write(image.tobytes())
 
 
 def available_memory(device=CPU):

@@ -103,14 +103,9 @@ def compile_backbone(model, mode=True):
     """Put backbone and pooling, which take the time, through torch.compile, to train and to embed,
     in one of its modes or, with True, the usual one. The function is compiled, the module stays:
     its weights keep their names."""
-    mode = None if mode is True else mode
-    pool, trained = torch.compile(model.pool, dynamic=False, mode=mode), None
+    pool = torch.compile(model.pool, dynamic=False, mode=None if mode is True else mode)
 
     def compiled(images):
-        nonlocal trained
-        before, trained = trained, [p.requires_grad for p in model.parameters()]
-        if trained != before:  # torch 2.11 does not look: after warm-up it made no gradients
-            torch.compiler.reset()
         try:
             return pool(images)
         except torch._dynamo.exc.TorchDynamoException as error:

@@ -32,12 +32,8 @@ def at_least_float32(x):
 
 def average_and_maximum(maps):
     """Global average plus global maximum, in float32 or better: [B, F, H, W] -> [B, F]."""
-    maps = at_least_float32(maps)
-    if torch.compiler.is_dynamo_compiling():
-        # amax's gradient asks which values equal the maximum: none, where a compiled graph has
-        # them rounded to bfloat16 in one place and not yet in another; max remembers which it was
-        return maps.mean(dim=(2, 3)) + maps.flatten(2).max(dim=2).values
-    return maps.mean(dim=(2, 3)) + maps.amax(dim=(2, 3))
+    maps = at_least_float32(maps).flatten(2)
+    return maps.mean(dim=2) + maps.max(dim=2).values  # not amax: compiled, it lost its gradients
 
 
 def bn_inception():

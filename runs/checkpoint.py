@@ -3,6 +3,7 @@
 import warnings
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 import dataset
 from distributed import most, part_from_first, rank, to_first, world
@@ -35,7 +36,7 @@ def capture(training, partial=None):
         "images": training.images,  # which they are: with other ones it is another run
     }
     if rank() == 0:
-        checkpoint = of_tensors(torch.clone, checkpoint)
+        checkpoint = tree_map_only(torch.Tensor, torch.clone, checkpoint)
     require_finite(training)  # waits for the device, and so for the copies
     return by_class(checkpoint, to_first) if training.args.shard_proxies else checkpoint
 
@@ -44,16 +45,7 @@ def on_host(checkpoint):
     """A captured checkpoint in the host's memory."""
     device = next(iter(checkpoint["model_state_dict"].values())).device
     with torch.cuda.stream(stream_of_copies(device)):
-        return of_tensors(torch.Tensor.cpu, checkpoint)
-
-
-def of_tensors(function, value):
-    """A state with function(x) in the place of each tensor x."""
-    if torch.is_tensor(value):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: of_tensors(function, part) for key, part in value.items()}
-    return [of_tensors(function, part) for part in value] if isinstance(value, list) else value
+        return tree_map_only(torch.Tensor, torch.Tensor.cpu, checkpoint)
 
 
 def by_class(checkpoint, function):

@@ -52,7 +52,7 @@ def test_a_cache_reaches_processes_that_inherit_nothing(mixed):
 def test_a_cache_that_does_not_fit_is_refused_before_anything_is_decoded(mixed, monkeypatch):
     monkeypatch.setattr(cache, "available_memory", lambda device: 1000)
     monkeypatch.setattr(cache, "decode", None)
-    with pytest.raises(UserError, match="--cache ram: 6 images, .* of memory are free"):
+    with pytest.raises(UserError, match="6 images, .* of memory are free.* --cache none"):
         cache_in_memory(mixed.paths, 1)
 
 

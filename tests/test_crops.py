@@ -16,7 +16,6 @@ from dataset.cache import keep_on_device, start_of_each
 from dataset.crops import resized_crops
 from dataset.images import ImageSet
 from dataset.loader import batches, test_loader, train_loader
-from tests import kill
 from tests.conftest import TINY, equal, fails, make_cub, run_folder, write_image
 
 CPU = torch.device("cpu")
@@ -132,35 +131,16 @@ def test_each_process_makes_the_crops_of_its_rows(mixed, monkeypatch):
 # --- runs --------------------------------------------------------------------------------------
 
 
-def test_a_run_from_the_devices_memory_is_that_from_the_files(here):
-    make_cub(here / "data")
-    train.main(shlex.split(TINY + "--LOG_DIR files"))
-    train.main(shlex.split(TINY + "--epochs 1 --cache gpu --workers 1"))
-    train.main(shlex.split(TINY + "--resume --cache gpu"))
-    kill.assert_same_run(run_folder(here), next(here.glob("files/*/*")))
-
-
-@pytest.mark.parametrize("place, way_out", [("memory", "none"), ("GPU memory", "ram")])
-def test_images_that_do_not_fit_are_refused_in_a_line_that_says_by_how_much(
-    here, capsys, monkeypatch, place, way_out
+def test_images_that_do_not_fit_on_the_gpu_are_refused_in_a_line_that_says_by_how_much(
+    mixed, monkeypatch
 ):
-    make_cub(here / "data")
     monkeypatch.setattr(cache, "decode", None)
-    if place == "memory":
-        monkeypatch.setattr(cache, "available_memory", lambda device: 1000)
-        assert "GiB too few; use --cache none" in fails(TINY + "--cache gpu", capsys)
-    else:
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20 // 4, 2**40))
-        images = ImageSet([(str(path), "") for path in here.rglob("Bird_*.jpg")])
-        gpu, needed = torch.device("cuda", 0), sum(3 * w * h for w, h in sizes_of(images))
-        with pytest.raises(cache.UserError) as error:
-            cache.decoded("gpu", images.paths, 0, gpu, more=2**20)
-        assert f"{(needed + 2**20 * 3 / 4) / 2**30:.3g} GiB too few" in str(error.value)
-        assert "of GPU memory are free" in str(error.value) and "--cache ram" in str(error.value)
-
-
-def sizes_of(images):
-    return [Image.open(path).size for path in images.paths]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20 // 4, 2**40))
+    needed = sum(3 * w * h for w, h in (Image.open(path).size for path in mixed.paths))
+    with pytest.raises(cache.UserError) as error:
+        cache.decoded("gpu", mixed.paths, 0, torch.device("cuda", 0), more=2**20)
+    assert f"{(needed + 2**20 * 3 / 4) / 2**30:.3g} GiB too few" in str(error.value)
+    assert "of GPU memory are free" in str(error.value) and "--cache ram" in str(error.value)
 
 
 @pytest.mark.parametrize("split", ["001.Bird_0", "004.Bird_3"])

@@ -17,7 +17,7 @@ import recipe
 import train
 import utils
 from distributed import SharedBatchNorm
-from tests import kill, processes
+from tests import processes
 from tests.conftest import ROOT, TINY, checkpoint_of, fails, make_cub, metrics, run_folder
 
 COMMAND = TINY.replace("--batch-size 8", "--batch-size 7")  # shares of unequal size
@@ -118,14 +118,6 @@ def test_a_killed_process_ends_the_job_a_restart_continues_it_and_a_signal_stops
     train.main(shlex.split(COMMAND + f"--epochs {done + 1} --resume"))
     train.main(shlex.split(COMMAND + f"--LOG_DIR alone --epochs {done + 1}"))
     assert_close(metrics(next(here.glob("alone/*/*"))), metrics(run_folder(here)))
-
-
-def test_shard_proxies_changes_nothing_in_one_process_and_may_be_left_out_later(here):
-    make_cub(here / "data")
-    train.main(shlex.split(TINY + "--LOG_DIR whole"))
-    train.main(shlex.split(TINY + "--epochs 1 --shard-proxies"))
-    train.main(shlex.split(TINY + "--epochs 2 --resume --shard-proxies False"))
-    kill.assert_same_run(run_folder(here), next(here.glob("whole/*/*")))
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])

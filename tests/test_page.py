@@ -162,7 +162,7 @@ def test_the_picture_has_a_row_for_each_of_eight_queries_and_says_what_is_right(
     images = small_set(here, queries=queries)
     images.classes = ["$a_$", os.fsdecode(b"caf\xe9"), *images.classes[2:]]  # neither is drawn
     embeddings = F.normalize(torch.eye(5)[images.labels] + 0.01 * torch.randn(20, 5))
-    figure = draw_neighbours(images, embeddings)
+    figure = draw_neighbours(images, *neighbours(embeddings, 8, queries))
     if queries:  # drawing takes seconds: once is enough
         figure.savefig(io.BytesIO())
     titles = [axes.get_title() for axes in figure.axes if axes.has_data()]
