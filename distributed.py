@@ -11,7 +11,6 @@ processes.
 import atexit
 import contextlib
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -62,7 +61,7 @@ def restarts():
 
 def from_first(function):
     """What `function()` returns in the process of rank 0, in all of them. If it fails there, the
-    others end without a word."""
+    others end with it."""
     if world() == 1:
         return function()
     outcome = [None]
@@ -72,7 +71,7 @@ def from_first(function):
     finally:
         dist.broadcast_object_list(outcome)
     if outcome[0] is None:
-        sys.exit(2)
+        raise UserError("the first process has failed, and says why")
     return outcome[0][0]
 
 

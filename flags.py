@@ -67,7 +67,7 @@ def add_network_flags(parser, model, choices):
     add("--l2-norm", default=True, type=boolean, help="L2-normalise the heads")
     add("--precision", default="fp32", choices=PRECISIONS, help=PRECISION_HELP)
     add("--gpu-id", default=0, type=at_least(-1),
-        help="which GPU; -1 for the only one")  # fmt: skip
+        help="which GPU, where torchrun does not say; -1 for the only one")  # fmt: skip
     return add
 
 

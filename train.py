@@ -202,9 +202,9 @@ def load_images(args):
             f"--batch-size {args.batch_size}: larger than the {len(train)} training images of "
             f"{name}, so that no batch would be complete; use {len(train)} or fewer"
         )
-    if args.batch_size < world() or test and len(test) < world():
-        raise UserError(f"--batch-size {args.batch_size} or the test images are fewer than the "
-                        f"{world()} processes that share them")  # fmt: skip
+    if args.batch_size < world():
+        raise UserError(f"--batch-size {args.batch_size}: fewer than the {world()} processes that "
+                        "share a batch")  # fmt: skip
     if args.IPC:
         classes, rest = divmod(args.batch_size, args.IPC)
         if rest or classes > len(train.classes):

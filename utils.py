@@ -66,7 +66,8 @@ def run_alone(main, name):
         sys.exit(main())
     except UserError as error:
         if not first and not error.of_one_process:
-            sys.exit(2)  # the first process says it
+            time.sleep(30)  # the first process says it, and torchrun then ends this one
+            sys.exit(2)
         end(2, f"error: {' '.join(str(error).split())}")
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
@@ -94,6 +95,8 @@ def run_alone(main, name):
             discard_output()
         end(2, f"error: {error.filename or 'the output'}: {error.strerror}")
     except Interrupted as stop:
+        if not first:
+            sys.exit(128 + stop.number)
         end(128 + stop.number, f"{signal.Signals(stop.number).name}: {stop.note}")
     except KeyboardInterrupt:
         end(128 + signal.SIGINT, "stopped")

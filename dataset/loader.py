@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from dataset.augment import crop_and_flip, draw, resize_and_crop
 from dataset.files import UnreadableImage
 from dataset.sampler import EpochBatches
-from distributed import part
-from utils import UserError, progress, stream_of_copies
+from distributed import part, world
+from utils import UserError, plural, progress, stream_of_copies
 
 # The number of workers is the user's choice, and the published default is 4.
 warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
@@ -76,6 +76,9 @@ def augmented(images, size, interpolation, key):
 
 def test_loader(images, size, batch_size, workers, device, interpolation="bilinear"):
     """Every image once, in order; of several processes each has its part."""
+    if len(images) < world():
+        raise UserError(f"{plural(len(images), 'test image')}: fewer than the {world()} processes "
+                        "that share them; start fewer")  # fmt: skip
     work = Work(partial(centred, images, size, interpolation), len(images))
     mine = part(range(len(images)))
     return make_loader(work, workers, device, batch_size=batch_size, sampler=mine)

@@ -43,8 +43,8 @@ def capture(training, partial=None):
 
 def on_host(checkpoint):
     """A captured checkpoint in the host's memory."""
-    device = next(iter(checkpoint["model_state_dict"].values())).device
-    with torch.cuda.stream(stream_of_copies(device)):
+    weight = next(iter(checkpoint["model_state_dict"].values()))
+    with torch.cuda.device_of(weight), torch.cuda.stream(stream_of_copies(weight.device)):
         return tree_map_only(torch.Tensor, torch.Tensor.cpu, checkpoint)
 
 

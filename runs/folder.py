@@ -121,7 +121,7 @@ class RunFolder:
         """Of a finished epoch, first the best network and the results. What --resume continues from
         comes last, so that an interrupted save is an epoch that never happened; the checkpoint
         before it is kept."""
-        checkpoint = on_host(checkpoint)
+        checkpoint |= on_host(checkpoint)  # in place: the thread would keep the device's copy
         history = checkpoint["history"]
         if not checkpoint["partial"]:
             if scores_of(history[-1]) and best_of(history) is history[-1]:

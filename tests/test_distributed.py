@@ -16,6 +16,7 @@ import evaluate
 import recipe
 import train
 import utils
+from dataset import loader
 from distributed import SharedBatchNorm
 from tests import processes
 from tests.conftest import ROOT, TINY, checkpoint_of, fails, make_cub, metrics, run_folder
@@ -129,14 +130,31 @@ def test_batch_norm_over_processes_is_batch_norm_and_gives_maps_of_the_same_type
     torch.testing.assert_close(ours.running_var, theirs.running_var)
 
 
+def test_an_error_that_every_process_meets_is_left_to_the_first_one_to_say(monkeypatch, capsys):
+    """torchrun ends all at the first that ends, perhaps before the first process has come to it."""
+
+    def main():
+        raise utils.UserError("no such flag")
+
+    slept = []
+    monkeypatch.setattr(utils, "first", False)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    with pytest.raises(SystemExit) as end:
+        utils.run_alone(main, "train.py")
+    assert end.value.code == 2 and sum(slept) > 10 and not capsys.readouterr().err
+
+
 def test_what_cannot_be_shared_is_refused_in_one_line(here, capsys, monkeypatch):
     make_cub(here / "data")
     monkeypatch.setattr(train, "world", lambda: 9)
-    assert "--batch-size 8 or the test images are fewer than the 9 processes" in fails(TINY, capsys)
+    assert "--batch-size 8: fewer than the 9 processes" in fails(TINY, capsys)
+    monkeypatch.setattr(train, "world", lambda: 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "world", lambda: 21)
+        assert "20 test images: fewer than the 21 processes" in fails(TINY, capsys)
     line = fails(TINY + "--shard-proxies --loss CosFace", capsys)
     assert "--shard-proxies: --loss CosFace" in line and "--loss Proxy_Anchor" in line
     monkeypatch.setattr(recipe, "world", lambda: 3)
-    monkeypatch.setattr(train, "world", lambda: 1)
     assert "2 classes are fewer than the 3 processes" in fails(TINY + "--shard-proxies", capsys)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(utils.UserError, match="torchrun --nproc-per-node 4 train.py"):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -198,8 +199,7 @@ def test_a_signal_saves_at_a_step_and_the_run_continues_to_the_same_bits(here, n
     make_cub(here / "data", classes=12)
     flags = "--workers 2 --bn-freeze 0 "
     process = forked.start(forked.train_py, TINY + flags + "--epochs 1000000")
-    wait_for(lambda: list(here.glob("logs/*/*/metrics.jsonl")), process)  # workers are all there
-    time.sleep(0.1)
+    wait_for(lambda: list(here.glob("logs/*/*/*_last.pth")), process)
     os.killpg(process.pid, number)  # as a terminal does
     process.join(60)
     errors = (here / "err").read_text()
@@ -269,6 +269,18 @@ def test_a_save_is_of_its_step_though_training_goes_on_while_it_is_written(here,
     monkeypatch.setattr(RunFolder, "write", write_later)
     train.main(shlex.split(TINY + "--checkpoint-every 1"))
     assert compared == [1, 4] and len(taken) == 8  # 2 steps, before and after the evaluation
+
+
+def test_a_save_lets_go_of_the_devices_copy_before_it_writes(tmp_path, monkeypatch):
+    checkpoint, seen = small_checkpoint(0, 60.0), []
+    on_device = weakref.ref(checkpoint["model_state_dict"]["weight"])
+    monkeypatch.setattr(run_folders, "on_host", copy.deepcopy)  # as from a GPU: other tensors
+    monkeypatch.setattr(run_folders, "write_checkpoint", lambda *_, **__: seen.append(on_device()))
+    folder = RunFolder(tmp_path, "cub_net")
+    folder.save(checkpoint)
+    del checkpoint
+    folder.wait()
+    assert seen == [None, None]
 
 
 def disk_full(*args):
