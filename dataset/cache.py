@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,10 @@ from PIL import Image
 from dataset.crops import DeviceBatches
 from dataset.files import read_image, size_of
 from dataset.loader import batches, in_parallel
+from distributed import most, once_a_machine
 from utils import UserError, plural, progress, say
 
 CPU = torch.device("cpu")
-
-
-class TooLarge(UserError):
-    of_one_process = True
 
 
 class Cache:
@@ -45,14 +43,13 @@ def start_of_each(sizes):
 
 def cache_in_memory(paths, workers):
     """The Cache of these images, decoded by `workers` processes; UserError if it does not fit."""
-    descriptor, sizes = decoded("ram", paths, workers)
-    # the file has no name and is gone with this process; the path is for processes it starts
-    return Cache(f"/proc/{os.getpid()}/fd/{descriptor}", paths, sizes)
+    return Cache(*decoded("ram", paths, workers))
 
 
 def read_from_memory(sets, workers):
-    """--cache ram: decode all images of the sets once, into memory that they share."""
-    cache = cache_in_memory([path for images in sets for path in images.paths], workers)
+    """--cache ram: decode all images of the sets once, into memory that all processes share."""
+    paths = [path for images in sets for path in images.paths]
+    cache = once_a_machine(partial(cache_in_memory, paths, workers))
     for images in sets:
         images.read = cache
 
@@ -61,11 +58,14 @@ def keep_on_device(images, train_batches, test_batches, size, workers, device, i
     """--cache gpu: the same batches of two loaders, the second of which may be None, from the
     memory of a device: of the train `images` all pixels, of the test images their crops."""
     tested = len(test_batches.sampler) if test_batches else 0
-    descriptor, sizes = decoded("gpu", images.paths, workers, device, 3 * size**2 * tested)
+    file, _, sizes = once_a_machine(
+        partial(decoded, "gpu", images.paths, workers, device, 3 * size**2 * tested)
+    )
     starts = start_of_each(sizes)
-    file = f"/proc/self/fd/{descriptor}"
     pixels = torch.from_file(file, shared=True, size=int(starts[-1]), dtype=torch.uint8).to(device)
-    os.close(descriptor)  # on a GPU the decoded images leave this machine's memory, else they stay
+    most(0)  # every process has opened the file
+    if file.startswith(f"/proc/{os.getpid()}/"):  # from GPUs the images leave this machine's memory
+        os.close(int(Path(file).name))
     keys = train_batches.batch_sampler
     kept = DeviceBatches(keys, images.labels, pixels, starts, sizes, size, interpolation)
     if test_batches:
@@ -75,8 +75,8 @@ def keep_on_device(images, train_batches, test_batches, size, workers, device, i
 
 
 def decoded(cache, paths, workers, device=CPU, more=0):
-    """(descriptor of a file in memory with the pixels of these images, one after another, their
-    sizes); UserError if they and as many bytes `more` do not fit there, or on the device."""
+    """What makes a Cache of these images; UserError if they and as many bytes `more` do not fit in
+    memory, or on the device."""
     if not hasattr(os, "memfd_create"):
         raise UserError(f"--cache {cache}: this needs Linux")
     sizes = np.array(in_parallel(size_of, paths, workers, "sizes of images"))
@@ -87,17 +87,18 @@ def decoded(cache, paths, workers, device=CPU, more=0):
         if (free := available_memory(place)) < needed:
             gpu = place.type == "cuda"
             kind, instead = ("GPU memory", "ram") if gpu else ("memory", "none")
-            raise TooLarge(
+            raise UserError(
                 f"--cache {cache}: {what}, and {free / 2**30:.1f} GiB of {kind} are free, "
                 f"{(needed - free) / 2**30:.3g} GiB too few; use --cache {instead}"
             )
     say(f"--cache {cache}: {what}")
     descriptor = os.memfd_create("decoded images")
+    # the file has no name and is gone with this process; others reach it by this path
     file = f"/proc/{os.getpid()}/fd/{descriptor}"
     os.truncate(file, starts[-1])
     jobs = [(file, *job) for job in zip(paths, sizes.tolist(), starts.tolist())]
     in_parallel(decode, jobs, workers, "decoding images")
-    return descriptor, sizes
+    return file, paths, sizes
 
 
 def decode(job):

@@ -71,7 +71,9 @@ def test_a_run_of_two_processes_is_continued_by_three_and_by_one_and_evaluated_b
     finished(torchrun(2, f"tests.toy train.py {COMMAND} --workers 1 --epochs 1 {parts}"))
     said = Path("log").read_text()
     assert said.count("epoch 0  loss") == 1 and "2 processes" in said
-    finished(torchrun(3, f"tests.toy train.py {COMMAND} --epochs 2 --resume"))
+    shared = "--cache ram --workers 1"
+    finished(torchrun(3, f"tests.toy train.py {COMMAND} --epochs 2 --resume {shared}"))
+    assert Path("log").read_text().count("decoded") == 1
     train.main(shlex.split(COMMAND + "--epochs 3 --resume --shard-proxies False"))
     assert_close(metrics(alone), metrics(run_folder(here)))
     assert json.loads((run_folder(here) / "args.json").read_text())["processes"] == 2
