@@ -131,10 +131,6 @@ def train_epoch(training, loader, epoch, after_step):
         epoch.tick("step")
 
 
-def watched(stop):
-    return stop.between if world() == 1 else iter  # several would end at different batches
-
-
 def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
     """Train what is left of an epoch, save, evaluate, save; the epoch's result, and the test
     images' embeddings and hits. Where a signal or a damaged image ends it, the exception says what
@@ -170,7 +166,8 @@ def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
         started, scores, retrieved = time.perf_counter(), {}, None
         if test_scores:
             save()  # evaluating takes long enough to be interrupted in any way
-            scores, *retrieved = test_scores(watch=watched(stop))
+            alone = world() == 1  # several would end at different batches
+            scores, *retrieved = test_scores(watch=stop.between if alone else iter)
     except (Interrupted, UnreadableImage) as error:
         # of several processes only one knows of a damaged image, and it cannot save their parts
         if epoch.step > saved and (world() == 1 or isinstance(error, Interrupted)):
@@ -180,6 +177,9 @@ def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
         if run_folder:
             go_on = f"continue with: python train.py --resume {shlex.quote(str(run_folder.folder))}"
         if isinstance(error, Interrupted):
+            if run_folder:
+                run_folder.wait()
+            most(0)  # torchrun ends all at the first that ends: not before the first has saved
             error.note = go_on
             raise
         raise type(error)(f"{error}. {kept}; with a good file in its place, {go_on}") from error
@@ -275,7 +275,7 @@ def main(argv=None):
                 epoch, training, train_batches, test_scores, run_folder, stop, wandb_run
             )
             if test and not retrieved:  # all was trained before; what is left is to draw
-                _, *retrieved = test_scores(watch=watched(stop))
+                _, *retrieved = test_scores()
         if run_folder:
             about = test and f"{describe('test', test)}. Below, the last epoch's network."
             draw(run_folder, training.history, about, test, retrieved, wandb_run)

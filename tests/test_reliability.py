@@ -326,20 +326,26 @@ def test_a_save_that_fails_in_its_thread_is_noticed_at_the_next_step(here, monke
     assert len(steps) == 3
 
 
-def signalled_twice():
+def signalled_twice(pause):
+    train_step = train.train_step
+
     def twice(*args):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(pause)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args)
 
     train.train_step = twice
     forked.train_py(TINY)
 
 
-def test_a_second_signal_ends_at_once(here):
+@pytest.mark.parametrize("pause, saves", [(0.6, False), (0, True)])
+def test_a_second_signal_ends_at_once_but_one_passed_on_is_none(here, pause, saves):
     make_cub(here / "data")
-    process = forked.start(signalled_twice)
+    process = forked.start(signalled_twice, pause)
     process.join(60)
     assert process.exitcode == 128 + signal.SIGTERM
+    assert ("SIGTERM: continue with" in (here / "err").read_text()) == saves
 
 
 def test_a_run_continued_by_other_means_says_that_its_bits_may_differ(here, run, capsys):
