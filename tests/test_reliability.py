@@ -199,7 +199,7 @@ def test_a_signal_saves_at_a_step_and_the_run_continues_to_the_same_bits(here, n
     make_cub(here / "data", classes=12)
     flags = "--workers 2 --bn-freeze 0 "
     process = forked.start(forked.train_py, TINY + flags + "--epochs 1000000")
-    wait_for(lambda: list(here.glob("logs/*/*/*_last.pth")), process)
+    wait_for(lambda: list(here.glob("logs/*/*/*_best.pth")), process)  # workers are all there
     os.killpg(process.pid, number)  # as a terminal does
     process.join(60)
     errors = (here / "err").read_text()
