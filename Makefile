@@ -14,7 +14,7 @@ demo: install  ## draw a small data set, train on it for about two minutes, eval
 	.venv/bin/python evaluate.py --resume $(DEMO_RUN)/demo_bn_inception_last.pth
 
 test: install  ## the whole test suite: no network, no GPU, about five minutes on two cores
-	CUDA_VISIBLE_DEVICES= .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= .venv/bin/python -m pytest -n 2 --dist worksteal
 
 test-gpu: install  ## the tests that need a GPU
 	.venv/bin/python -m pytest -k cuda

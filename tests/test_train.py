@@ -228,7 +228,7 @@ COMBINATIONS = [
     *(f"--loss {loss} --disent False --IPC 4" for loss in LOSSES),
     *(f"--loss {loss}" for loss in PROXY_LOSSES),
     *(f"--model {name} --bn-freeze 0 --batch-size 20"
-      for name in ("bn_inception --precision bf16", "resnet18", "timm/vit_tiny_patch16_224")),
+      for name in ("bn_inception", "resnet18", "timm/vit_tiny_patch16_224")),
     "--precision bf16", "--warm 0", "--bn-freeze 0",
 ]  # fmt: skip
 
