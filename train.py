@@ -4,7 +4,6 @@ The flags are the published script's; README.md has its three commands.
 """
 
 import contextlib
-import shlex
 import time
 from functools import partial
 
@@ -33,7 +32,7 @@ from net import CHOICES, compile_backbone, model_name
 from recipe import OPTIMIZERS, Training, loss_noise, prepare_epoch, settle_loss, train_step
 from runs.checkpoint import capture, restore
 from runs.pictures import draw
-from runs.report import announce, conclude, say_epoch
+from runs.report import announce, conclude, early_end, say_epoch
 from runs.results import Epoch, result_of
 from runs.start import open_on_first, recorded
 from runs.tracking import address_of, log_epoch, memory_of, wandb_mode
@@ -110,23 +109,26 @@ def build_parser():
 
 def train_epoch(training, loader, epoch, after_step):
     """The steps of an epoch from `epoch.step` on; `after_step()` follows each of them."""
-    model, device, seed = training.model, training.device, training.args.seed
+    model, device, args = training.model, training.device, training.args
+    prepare_epoch(model, epoch.number, args.warm, args.bn_freeze)
+    if args.compile and epoch.number == args.warm:
+        torch.compiler.reset()  # torch 2.11 does not look at what trains: it made no gradients
     loader.batch_sampler.set_epoch(epoch.number, epoch.step)
     steps = progress(batches(loader, device), len(loader), f"epoch {epoch.number}",
-                     training.args.batch_size, epoch.note)  # fmt: skip
+                     args.batch_size, epoch.note)  # fmt: skip
     epoch.clock = time.perf_counter()
     for pixels, labels, _ in steps:
         epoch.tick("data")
-        key = seed, STEP, epoch.number, epoch.step
+        key = args.seed, STEP, epoch.number, epoch.step
         torch.manual_seed(seed_of(*key))
         noise = None
         if model.disent:
-            noise = loss_noise((training.args.batch_size, model.embedding_size), device)
+            noise = loss_noise((args.batch_size, model.embedding_size), device)
         if rank():
             torch.manual_seed(seed_of(*key, rank()))  # for dropout: other images, other masks
         images = model.prepare(pixels)
         epoch.add(train_step(model, training.criterion, training.optimizer, images, labels, noise,
-                             training.args.batch_size))  # fmt: skip
+                             args.batch_size))  # fmt: skip
         after_step()
         epoch.tick("step")
 
@@ -136,6 +138,7 @@ def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
     images' embeddings and hits. Where a signal or a damaged image ends it, the exception says what
     is saved and how to go on."""
     args, files, saved = training.args, train_batches.batch_sampler.files, epoch.step
+    alone = world() == 1
 
     def save(finished=False):
         nonlocal saved
@@ -156,9 +159,6 @@ def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
         elif most(time.perf_counter() > epoch.fetched + FETCH_SECONDS):
             epoch.fetch(files)
 
-    prepare_epoch(training.model, epoch.number, args.warm, args.bn_freeze)
-    if args.compile and epoch.number == args.warm:
-        torch.compiler.reset()  # torch 2.11 does not look at what trains: it made no gradients
     try:
         train_epoch(training, train_batches, epoch, after_step)
         epoch.fetch(files)
@@ -166,23 +166,13 @@ def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
         started, scores, retrieved = time.perf_counter(), {}, None
         if test_scores:
             save()  # evaluating takes long enough to be interrupted in any way
-            alone = world() == 1  # several would end at different batches
+            # several processes would end at different batches
             scores, *retrieved = test_scores(watch=stop.between if alone else iter)
     except (Interrupted, UnreadableImage) as error:
         # of several processes only one knows of a damaged image, and it cannot save their parts
-        if epoch.step > saved and (world() == 1 or isinstance(error, Interrupted)):
+        if epoch.step > saved and (alone or isinstance(error, Interrupted)):
             save()
-        kept = "What was trained is saved" if epoch.step == saved else "The last checkpoint is good"
-        go_on = "continue with --resume"
-        if run_folder:
-            go_on = f"continue with: python train.py --resume {shlex.quote(str(run_folder.folder))}"
-        if isinstance(error, Interrupted):
-            if run_folder:
-                run_folder.wait()
-            most(0)  # torchrun ends all at the first that ends: not before the first has saved
-            error.note = go_on
-            raise
-        raise type(error)(f"{error}. {kept}; with a good file in its place, {go_on}") from error
+        raise early_end(error, epoch.step == saved, run_folder) from None
     result = result_of(training, epoch, len(train_batches), scores, time.perf_counter() - started)
     training.history.append(result)
     training.scheduler.step()

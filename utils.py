@@ -27,8 +27,8 @@ class UserError(Exception):
 class Interrupted(Exception):
     """Raised where a Stop is looked at, after a signal; `note` says how to go on."""
 
-    def __init__(self, number):
-        self.number, self.note = number, None
+    def __init__(self, number, note=None):
+        self.number, self.note = number, note
 
 
 # what the machine or the user's paths are to blame for

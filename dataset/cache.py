@@ -43,7 +43,8 @@ def start_of_each(sizes):
 
 def cache_in_memory(paths, workers):
     """The Cache of these images, decoded by `workers` processes; UserError if it does not fit."""
-    return Cache(*decoded("ram", paths, workers))
+    file, sizes = decoded("ram", paths, workers)
+    return Cache(file, paths, sizes)
 
 
 def read_from_memory(sets, workers):
@@ -58,7 +59,7 @@ def keep_on_device(images, train_batches, test_batches, size, workers, device, i
     """--cache gpu: the same batches of two loaders, the second of which may be None, from the
     memory of a device: of the train `images` all pixels, of the test images their crops."""
     tested = len(test_batches.sampler) if test_batches else 0
-    file, _, sizes = once_a_machine(
+    file, sizes = once_a_machine(
         partial(decoded, "gpu", images.paths, workers, device, 3 * size**2 * tested)
     )
     starts = start_of_each(sizes)
@@ -75,8 +76,8 @@ def keep_on_device(images, train_batches, test_batches, size, workers, device, i
 
 
 def decoded(cache, paths, workers, device=CPU, more=0):
-    """What makes a Cache of these images; UserError if they and as many bytes `more` do not fit in
-    memory, or on the device."""
+    """(file in memory with the pixels of these images, one after another, their sizes); UserError
+    if they and as many bytes `more` do not fit there, or on the device."""
     if not hasattr(os, "memfd_create"):
         raise UserError(f"--cache {cache}: this needs Linux")
     sizes = np.array(in_parallel(size_of, paths, workers, "sizes of images"))
@@ -98,7 +99,7 @@ def decoded(cache, paths, workers, device=CPU, more=0):
     os.truncate(file, starts[-1])
     jobs = [(file, *job) for job in zip(paths, sizes.tolist(), starts.tolist())]
     in_parallel(decode, jobs, workers, "decoding images")
-    return file, paths, sizes
+    return file, sizes
 
 
 def decode(job):

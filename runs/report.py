@@ -4,10 +4,10 @@ import shlex
 
 from tqdm import tqdm
 
-from distributed import world
+from distributed import most, world
 from flags import PRECISIONS
 from runs.results import best_of, scores_of
-from utils import device_name, plural, say
+from utils import Interrupted, device_name, plural, say
 
 
 def announce(training, steps, run_folder):
@@ -36,6 +36,21 @@ def say_epoch(result, epochs):
         f"{result['seconds_step']:.1f}, evaluation {result['seconds_eval']:.1f}; "
         f"{result['images_per_second']:.0f} images/s{left})"
     )
+
+
+def early_end(error, all_saved, run_folder):
+    """What to raise for what breaks off an epoch, a signal or a damaged image: with what is saved
+    and how to go on. Of several processes the first alone has a folder."""
+    go_on = "continue with --resume"
+    if run_folder:
+        go_on = f"continue with: python train.py --resume {shlex.quote(str(run_folder.folder))}"
+    if isinstance(error, Interrupted):
+        if run_folder:
+            run_folder.wait()
+        most(0)  # torchrun ends all at the first that ends: not before the first has saved
+        return Interrupted(error.number, go_on)
+    kept = "What was trained is saved" if all_saved else "The last checkpoint is good"
+    return type(error)(f"{error}. {kept}; with a good file in its place, {go_on}")
 
 
 def in_words(result):
