@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import dataset
-from dataset.loader import batches, test_loader
 from distributed import gather, join, rank
 from flags import Parser, add_data_flags, add_network_flags, given_flags, parse_stored
+from loading.loader import batches, test_loader
 from net import CHOICES, create_model, model_name, network_of
 from net.export import MODEL_FILES, save_model
 from net.weights import load_strictly

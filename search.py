@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from dataset import table
-from dataset.augment import resize_and_crop
 from dataset.files import SUFFIXES, is_leftover, read_image
-from dataset.loader import Work, make_loader
 from flags import PRECISION_HELP, PRECISIONS, Parser, at_least
+from loading.augment import resize_and_crop
+from loading.loader import Work, make_loader
 from net import load_model
 from retrieval.page import search_page
 from retrieval.search import nearest

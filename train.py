@@ -11,10 +11,8 @@ import torch
 
 import dataset
 import utils
-from dataset.cache import keep_on_device, read_from_memory
 from dataset.files import UnreadableImage
 from dataset.images import digest_of_names
-from dataset.loader import batches, test_loader, train_loader
 from distributed import first_alone, join, most, rank, world
 from evaluate import describe, evaluate
 from flags import (
@@ -27,6 +25,8 @@ from flags import (
     given_flags,
     name_part,
 )
+from loading.cache import keep_on_device, read_from_memory
+from loading.loader import batches, test_loader, train_loader
 from losses import LOSSES
 from net import CHOICES, compile_backbone, model_name
 from recipe import OPTIMIZERS, Training, loss_noise, prepare_epoch, settle_loss, train_step

@@ -23,10 +23,10 @@ import train
 import utils
 from benchmarks.input import write_photo
 from benchmarks.timing import report
-from dataset.cache import keep_on_device
 from dataset.images import ImageSet
-from dataset.loader import in_parallel, train_loader
 from evaluate import recall_at_k
+from loading.cache import keep_on_device
+from loading.loader import in_parallel, train_loader
 from net import compile_backbone
 from recipe import Training, loss_noise, prepare_epoch, settle_loss, train_step
 from runs.checkpoint import capture

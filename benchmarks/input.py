@@ -17,9 +17,9 @@ from PIL import Image
 from torchvision import transforms
 
 from benchmarks.timing import alternate, peak_mb, report
-from dataset.cache import cache_in_memory, keep_on_device
 from dataset.images import ImageSet
-from dataset.loader import test_loader, train_loader
+from loading.cache import cache_in_memory, keep_on_device
+from loading.loader import test_loader, train_loader
 
 IMAGES, BATCH, HEIGHT, WIDTH = 64, 32, 375, 500  # the usual size in CUB, there of 97 KB a file
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from PIL import Image
 
 import dataset
 from dataset.files import on_disk, opened
-from dataset.loader import in_parallel
 from flags import Parser, at_least
+from loading.loader import in_parallel
 from utils import UserError, plural, run
 
 PROGRAM = "python -m dataset.check"

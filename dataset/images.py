@@ -19,7 +19,7 @@ class ImageSet(Dataset):
         number = {name: label for label, name in enumerate(self.classes)}
         self.labels = torch.tensor([number[name] for _, name in items])
         self.transform, self.queries = transform, queries
-        self.read = read_image  # or a dataset.cache.Cache
+        self.read = read_image  # or a loading.cache.Cache
 
     def __len__(self):
         return len(self.paths)

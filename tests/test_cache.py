@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset import cache
-from dataset.cache import cache_in_memory
 from dataset.files import read_image
 from dataset.images import ImageSet
-from dataset.loader import batches, test_loader, train_loader
+from loading import cache
+from loading.cache import cache_in_memory
+from loading.loader import batches, test_loader, train_loader
 from tests.conftest import equal, write_image
 from utils import UserError
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import dataset
 from dataset import check
-from dataset.loader import in_parallel
+from loading.loader import in_parallel
 from tests import forked
 from tests.conftest import SOP, fails, make_cub, make_sop
 from utils import UserError

@@ -10,12 +10,12 @@ from PIL import Image
 
 import distributed
 import train
-from dataset import cache, crops
-from dataset.augment import crop_and_flip, draw, random_numbers
-from dataset.cache import keep_on_device, start_of_each
-from dataset.crops import resized_crops
 from dataset.images import ImageSet
-from dataset.loader import batches, test_loader, train_loader
+from loading import cache, crops
+from loading.augment import crop_and_flip, draw, random_numbers
+from loading.cache import keep_on_device, start_of_each
+from loading.crops import resized_crops
+from loading.loader import batches, test_loader, train_loader
 from tests.conftest import TINY, equal, fails, make_cub, run_folder, write_image
 
 CPU = torch.device("cpu")

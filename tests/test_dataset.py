@@ -13,10 +13,10 @@ from torchvision.transforms import RandomResizedCrop, v2
 
 import dataset
 from dataset import demo
-from dataset.augment import crop_and_flip, draw, random_numbers, resize_and_crop, to_pixels
 from dataset.files import read_image
-from dataset.loader import batches, test_loader, train_loader
-from dataset.sampler import EpochBatches
+from loading.augment import crop_and_flip, draw, random_numbers, resize_and_crop, to_pixels
+from loading.loader import batches, test_loader, train_loader
+from loading.sampler import EpochBatches
 from tests.conftest import (
     PER_CLASS,
     SOP,

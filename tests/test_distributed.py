@@ -16,8 +16,8 @@ import evaluate
 import recipe
 import train
 import utils
-from dataset import loader
 from distributed import SharedBatchNorm
+from loading import loader
 from tests import processes
 from tests.conftest import ROOT, TINY, checkpoint_of, fails, make_cub, metrics, run_folder
 

@@ -11,8 +11,8 @@ import torch
 
 import evaluate
 import train
-from dataset.augment import resize_and_crop
 from dataset.files import read_image
+from loading.augment import resize_and_crop
 from net import create_model, export, load_model
 from net.backbones import BACKBONES, Backbone
 from retrieval import export as embedding_export

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.network import Plain
-from dataset.augment import to_pixels
+from loading.augment import to_pixels
 from losses import DDML, ProxyAnchor
 from net import backbones, create_model, l2_normalize, load_model
 from net.bn_inception import BNInception

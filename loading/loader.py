@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dataset.augment import crop_and_flip, draw, resize_and_crop
 from dataset.files import UnreadableImage
-from dataset.sampler import EpochBatches
 from distributed import part, world
+from loading.augment import crop_and_flip, draw, resize_and_crop
+from loading.sampler import EpochBatches
 from utils import UserError, plural, progress, stream_of_copies
 
 # The number of workers is the user's choice, and the published default is 4.

@@ -5,7 +5,7 @@ import math
 import PIL
 import torch
 
-from dataset.augment import draw
+from loading.augment import draw
 
 # Pillow resizes in two passes, rounded to bytes; from 13 on, of tall crops the rows come first
 TALL_BY_ROWS = int(PIL.__version__.split(".")[0]) >= 13

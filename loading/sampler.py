@@ -4,8 +4,8 @@ epoch) alone."""
 import torch
 from torch.utils.data import Sampler
 
-from dataset.augment import random_numbers
 from distributed import part
+from loading.augment import random_numbers
 from utils import generator
 
 ORDER = 0  # its stream of random numbers, beside the augmentation's and the loss's

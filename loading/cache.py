@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset.crops import DeviceBatches
 from dataset.files import read_image, size_of
-from dataset.loader import batches, in_parallel
 from distributed import most, once_a_machine
+from loading.crops import DeviceBatches
+from loading.loader import batches, in_parallel
 from utils import UserError, plural, progress, say
 
 CPU = torch.device("cpu")
