@@ -12,7 +12,7 @@ from scipy.stats import t as student_t
 import dataset
 from flags import Parser, flag_of
 from runs.checkpoint import FREE_ON_RESUME
-from runs.results import best_of, scores_of
+from runs.results import best_of, main_metric, scores_of
 from storage import require_format, require_writable, write_atomically
 from utils import UserError, plural, run
 
@@ -77,7 +77,8 @@ def gather(runs):
     settings = {}
     for (setting, seed), history in runs.items():
         numbers = {}
-        for which, result in (("last", history[-1]), ("best", best_of(history))):
+        best = best_of(history, main_metric(history[-1]))
+        for which, result in (("last", history[-1]), ("best", best)):
             numbers |= {f"{which} {name}": value for name, value in scores_of(result).items()}
         settings.setdefault(setting, {})[seed] = numbers
     return settings

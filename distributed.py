@@ -1,11 +1,9 @@
-"""The processes of one run, as torchrun starts them. Without torchrun there is one, and all of this
-does nothing.
+"""The processes of one run, as torchrun starts them; without torchrun there is one.
 
-A step of W processes is a step of one: each takes its rows of the batch through the network, the
-heads of all are gathered in order of rank, every process computes the loss of the whole batch, and
-gradients are summed before they are clipped: each differentiates a W-th of that loss. With
---shard-proxies it computes the loss from its part of the proxies, and sums over classes go over the
-processes.
+W processes make the step that one would: each takes its rows of the batch through the network,
+heads are gathered in order of rank, every rank computes the loss of the whole batch and
+backpropagates loss / W, and gradients are summed before they are clipped. sharded.py splits the
+proxies too.
 """
 
 import atexit
@@ -20,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from utils import UserError, choose_device
 
 
-def world():
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -28,8 +26,8 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def join(gpu_id):
-    """The device of this process, which joins those that torchrun has started with it."""
+def init_processes(gpu_id):
+    """Joins the processes that torchrun has started, if it has; returns this one's device."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return choose_device(gpu_id)
     device = torch.device("cpu")
@@ -39,8 +37,7 @@ def join(gpu_id):
             raise UserError(f"--nproc-per-node {here}: more processes than the {count} GPUs here")
         device = choose_device(int(os.environ["LOCAL_RANK"]))
     store, this, count = next(dist.rendezvous("env://"))
-    # torchrun keeps its store: a restarted process would look for the former ones at the addresses
-    # that they have left there
+    # torchrun keeps its store over restarts: new processes would find the addresses of the old ones
     store = dist.PrefixStore(f"start {restarts()}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=this, world_size=count)
@@ -49,162 +46,142 @@ def join(gpu_id):
 
 
 def job():
-    """What tells torchrun's job, restarts included, from others; None without it."""
+    """Identifies torchrun's job, the same after a restart; None without torchrun."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     return run_id and f"{run_id} {os.getppid()}"
 
 
 def restarts():
-    """How often torchrun has started this process anew, after one of the former ones had died."""
+    """How often torchrun has started this process anew, after one had died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
-def from_first(function):
-    """What `function()` returns in the process of rank 0, in all of them. If it fails there, the
-    others end with it."""
-    if world() == 1:
+def from_rank_0(function, for_others=lambda result: result):
+    """Rank 0 calls `function` and returns its result, the others for_others(result). All fail with
+    its error."""
+    if world_size() == 1:
         return function()
-    outcome = [None]
+    sent = [None, "rank 0 has failed"]
     try:
         if rank() == 0:
-            outcome = [(function(),)]
-    finally:
-        dist.broadcast_object_list(outcome)
-    if outcome[0] is None:
-        raise UserError("the first process has failed, and says why")
-    return outcome[0][0]
+            result = function()
+            sent = [for_others(result), None]
+    except UserError as error:
+        sent = [None, str(error)]
+    finally:  # a bug on rank 0 ends the others too
+        dist.broadcast_object_list(sent)
+    received, error = sent
+    if error:
+        raise UserError(error)
+    return result if rank() == 0 else received
 
 
 def once_a_machine(function):
-    """`from_first`, where one machine has all processes; else what it returns in each of them."""
-    alike = os.environ.get("LOCAL_WORLD_SIZE") == str(world())
-    return from_first(function) if alike else function()
+    """`from_rank_0` if all processes are on one machine; on several, every rank calls it."""
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size())
+    return from_rank_0(function) if one_machine else function()
 
 
 @contextlib.contextmanager
-def first_alone():
-    """In a `with`, rank 0 goes first: what it downloads or draws, the others find."""
+def rank_0_first():
+    """In a `with`: the other ranks wait, and find what rank 0 has downloaded or drawn."""
     if rank() > 0:
         dist.barrier()
     yield
-    if rank() == 0 and world() > 1:
+    if rank() == 0 and world_size() > 1:
         dist.barrier()
 
 
-def most(value):
-    """The greatest `value`, a whole number, of all processes: by which they decide alike."""
-    return int(all_reduced(torch.tensor(int(value)), "max"))
-
-
-def parts_of(items):
-    """Every process's `part` of them."""
-    ends = [number * len(items) // world() for number in range(world() + 1)]
+def split_rows(items):
+    """[each rank's rows], contiguous; where W does not divide them, some ranks have one more."""
+    ends = [number * len(items) // world_size() for number in range(world_size() + 1)]
     return [items[start:stop] for start, stop in zip(ends, ends[1:])]
 
 
-def part(items):
-    """This process's share of a batch: rows in order of rank, of some processes one more."""
-    return parts_of(items)[rank()]
+def rows_of_this_rank(items):
+    return split_rows(items)[rank()]
 
 
-def turns(items):
-    """Every W-th of the items, for work that is to be added up."""
-    return items[rank() :: world()]
+def round_robin(items):
+    """This rank's share of work whose results are all-reduced: every W-th item."""
+    return items[rank() :: world_size()]
 
 
-def all_reduced(x, op="sum"):
-    """x, reduced in place over all processes."""
-    if world() > 1:
+def all_reduce(x, op="sum"):
+    """x, reduced in place over all ranks."""
+    if world_size() > 1:
         dist.all_reduce(x, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
     return x
 
 
-def sum_gradients(parameters):
-    """In one call; a parameter that has no gradient has none in any process. Where each process has
-    its own part of a parameter (--shard-proxies), that part's gradient is complete."""
-    if world() == 1:
+def all_reduce_max(number):
+    """The greatest of all ranks' whole numbers: what one rank knows, all act on."""
+    return int(all_reduce(torch.tensor(int(number)), "max"))
+
+
+def all_reduce_gradients(parameters):
+    """Sums gradients over ranks, in one call. The same parameters must have one in every rank."""
+    if world_size() == 1:
         return
-    whole = [p for p in parameters if not getattr(p, "is_part", False)]
-    gradients = [p.grad for p in whole if p.grad is not None]
-    flat = all_reduced(torch.cat([gradient.flatten() for gradient in gradients]))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
     for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients])):
         gradient.copy_(total.view_as(gradient))
 
 
-class Sum(torch.autograd.Function):
-    """The sum of all processes' x; its gradient is the sum of theirs."""
+class AllReduceSum(torch.autograd.Function):
+    """The sum of all ranks' x; its gradient is the sum of theirs."""
 
     @staticmethod
     def forward(ctx, x):
-        return all_reduced(x.clone())
+        return all_reduce(x.clone())
 
     @staticmethod
     def backward(ctx, gradient):
-        return all_reduced(gradient.clone())
+        return all_reduce(gradient.clone())
 
 
-def gather(x, count=None):
-    """The whole of what each process has a `part` of, rows in order of rank: its own beside zeros,
-    summed. A row's gradient is the sum of all processes'."""
-    if world() == 1:
+def all_gather(x, count=None):
+    """Differentiable: [n, ...] of each rank -> [count, ...] of all, in order of rank. Own rows in a
+    tensor of zeros, all-reduced; a row's gradient is the sum of all ranks'."""
+    if world_size() == 1:
         return x
-    whole = x.new_zeros(count or int(all_reduced(torch.tensor(len(x)))), *x.shape[1:])
-    part(whole).copy_(x)
-    return Sum.apply(whole)
-
-
-def to_first(x):
-    """[C, ...] of all processes' parts, in the memory of rank 0; None in the others."""
-    C = int(all_reduced(torch.tensor(len(x))))
-    if rank():
-        dist.send(x.cpu(), 0)
-        return None
-    whole = torch.empty(C, *x.shape[1:], dtype=x.dtype)
-    mine, *others = parts_of(whole)
-    mine.copy_(x)
-    for process, rows in enumerate(others, start=1):
-        dist.recv(rows, process)
-    return whole
-
-
-def part_from_first(x):
-    """This process's part of x [C, ...], whose values rank 0 has and whose shape the others."""
-    mine = torch.empty_like(part(x), device="cpu")
-    if rank():
-        dist.recv(mine, 0)
-        return mine
-    for process, rows in enumerate(parts_of(x)[1:], start=1):
-        dist.send(rows, process)
-    return mine.copy_(part(x))
+    whole = x.new_zeros(count or int(all_reduce(torch.tensor(len(x)))), *x.shape[1:])
+    rows_of_this_rank(whole).copy_(x)
+    return AllReduceSum.apply(whole)
 
 
 class SharedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the maps [B, C, H, W] of all processes (torch's SyncBatchNorm needs CUDA)."""
+    """BatchNorm over the maps [B, C, H, W] of all ranks (torch's SyncBatchNorm needs CUDA)."""
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        kind, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
+        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         sums, pixels = x.sum(dim=(0, 2, 3)), x.numel() // x.shape[1]
-        sums = Sum.apply(torch.cat([sums, sums.new_full((1,), pixels)]))
+        sums = AllReduceSum.apply(torch.cat([sums, sums.new_full((1,), pixels)]))
         mean, count = sums[:-1] / sums[-1], sums[-1]
         centred = x - mean[:, None, None]
-        variance = Sum.apply(centred.square().sum(dim=(0, 2, 3))) / count
+        variance = AllReduceSum.apply(centred.square().sum(dim=(0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(kind)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
 
 
-def share_batch_norm(model):
-    """Where BatchNorm is trained (--bn-freeze 0), over all processes."""
-    if world() == 1:
+def share_batch_norm(module):
+    """Replaces the BatchNorm layers in `module` by those over all ranks, for --bn-freeze 0."""
+    if world_size() == 1:
         return
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SharedBatchNorm  # its parameters, buffers and names stay
-        elif isinstance(module, _BatchNorm):
-            raise UserError(f"--bn-freeze 0: {type(module).__name__} layers cannot be trained in "
+    for name, layer in module.named_children():
+        if type(layer) is nn.BatchNorm2d:
+            shared = SharedBatchNorm(layer.num_features, layer.eps, layer.momentum)
+            shared.load_state_dict(layer.state_dict())
+            setattr(module, name, shared)
+        elif isinstance(layer, _BatchNorm):
+            raise UserError(f"--bn-freeze 0: {type(layer).__name__} layers cannot be trained in "
                             "several processes")  # fmt: skip
+        else:
+            share_batch_norm(layer)

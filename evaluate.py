@@ -3,15 +3,14 @@
 from pathlib import Path
 
 import dataset
-from distributed import gather, join, rank
+from distributed import init_processes, rank
 from flags import Parser, add_data_flags, add_network_flags, given_flags, parse_stored
-from loading.loader import batches, test_loader
-from net import CHOICES, create_model, model_name, network_of
+from loading.loader import Loading, batches, test_loader
+from net import CHOICES, model_name, network_from, network_of
 from net.export import MODEL_FILES, save_model
-from net.weights import load_strictly
-from retrieval.embed import embed
+from retrieval.evaluate import describe, evaluate
 from retrieval.export import EMBEDDING_FILES, export, needs_neighbours
-from retrieval.metrics import hits_at_k, precision_at_r, recall_at_k  # noqa: F401 (as an API)
+from retrieval.metrics import recall_at_k  # noqa: F401 (as an API)
 from retrieval.page import results_page
 from retrieval.search import NEIGHBOURS, neighbours
 from runs.checkpoint import epoch_of
@@ -24,7 +23,7 @@ from storage import (
     write_atomically,
     write_json,
 )
-from utils import UserError, plural, progress, run, say, set_precision, warn
+from utils import UserError, run, say, set_precision, warn
 
 OUTPUTS = ("json", "export", "page", "save_model")  # flags that name a file to write
 
@@ -47,44 +46,13 @@ def build_parser():
     return parser
 
 
-def evaluate(model, loader, device, ks, queries=None, at_r=False, watch=iter):
-    """({"R@K": fraction} and `at_r` {"MAP@R", "R-Precision"} too, of the loader's images among each
-    other, or of the first `queries` among the rest; their embeddings [N, d]; {k: hits [Q]}, which
-    of them were found). `watch` goes around the batches. Leaves `model` in eval mode."""
-    tested = progress(watch(batches(loader, device)), len(loader), "evaluating")
-    embeddings, labels = map(gather, embed(model, tested))
-    if not embeddings.isfinite().all():
-        raise UserError("the network's embeddings are not all finite: its weights are of no use")
-    query, gallery = (embeddings, labels), ()
-    if queries is not None:
-        query, gallery = (
-            (embeddings[part], labels[part]) for part in (slice(queries), slice(queries, None))
-        )
-    hits = hits_at_k(*query, ks, *gallery)
-    found = {f"R@{k}": hit.sum().item() / len(hit) for k, hit in hits.items()}
-    return found | (precision_at_r(*query, *gallery) if at_r else {}), embeddings, hits
-
-
-def describe(name, images):
-    """One line about a split, with the R@1 that random embeddings would have."""
-    labels, q = images.labels, images.queries
-    itself = int(q is None)  # a match that does not count
-    gallery = labels[q or 0 :]
-    matches = gallery.bincount(minlength=len(images.classes))[labels[:q]] - itself
-    chance = matches.double().mean() / max(len(gallery) - itself, 1)
-    found = f"{plural(len(images), 'image')} of {plural(len(images.classes), 'class')}"
-    if q is not None:
-        found += f", {plural(q, 'query')} against a gallery of {len(gallery):,}"
-    return f"{name}: {found} (R@1 by chance: {100 * chance:.1f} %)"
-
-
 def resolve_flags(parser, argv):
     """Flags, and the checkpoint. A flag comes from the command line, else from the checkpoint's own
     flags, else from the shapes of its weights, else from the default."""
     args, given = given_flags(parser, argv)
     if bool(args.checkpoint) == bool(args.resume):
         parser.error("name one checkpoint or run folder")
-    path = checkpoint_in(args.checkpoint or args.resume, ("best", "last", "previous"))
+    path = checkpoint_in(args.checkpoint or args.resume)
     checkpoint = read_checkpoint(path)
     _, theirs = network_of(checkpoint, path)
     kept = vars(args).keys() - {*OUTPUTS, "checkpoint", "resume", "gpu_id", "workers", "remark"}
@@ -117,55 +85,56 @@ def images_of(flags):
     return f"{dataset.title(flags['dataset'])}{place}"
 
 
+def write_outputs(args, checkpoint, images, about, scores, retrieved):
+    """The files that flags name."""
+    near = None
+    if args.page or args.export and needs_neighbours(args.export):
+        near = neighbours(retrieved.embeddings, NEIGHBOURS, images.queries)
+    if args.export:
+        export(args.export, retrieved.embeddings, images, retrieved.hits, near)
+    if args.page:
+        history = checkpoint.get("history")
+        curves = draw_curves(history) if history else None
+        metrics = {"this evaluation": scores}
+        page = results_page(args.checkpoint, about, metrics, images, retrieved.hits, near, curves)
+        write_atomically(Path(args.page).resolve(), page)
+        print(f"{args.page}: to look at in a browser")
+    if args.json:
+        write_json(Path(args.json).resolve(), {
+            **scores, "dataset": args.dataset, "data_root": args.data_root, "split": "test",
+            "checkpoint": args.checkpoint, "epoch": epoch_of(checkpoint),
+        })  # fmt: skip
+
+
 def main(argv=None):
     args, checkpoint = resolve_flags(build_parser(), argv)
     require_writable(args, *OUTPUTS)
     require_format(args, export=EMBEDDING_FILES, save_model=MODEL_FILES)
-    device = join(args.gpu_id)
+    device = init_processes(args.gpu_id)
     set_precision(args.precision)
-    state, theirs = network_of(checkpoint, args.checkpoint)
-    model = create_model(args.model, args.embedding_size, theirs["disent"], args.l2_norm,
-                         precision=args.precision)  # fmt: skip
-    load_strictly(model, state, args.checkpoint)
+    model = network_from(
+        checkpoint, args.checkpoint, model=args.model, embedding_size=args.embedding_size,
+        l2_norm=args.l2_norm, precision=args.precision,
+    )  # fmt: skip
     model.num_features(args.image_size)  # ends here where the network cannot take it
 
     images = dataset.load(args.dataset, args.data_root, "test")
     about = describe(f"{dataset.title(args.dataset)} test", images)
     say(about)
+    loading = Loading(args.image_size, args.workers, device, model.interpolation)
     if args.save_model and rank() == 0:
-        few = test_loader(images, args.image_size, 8, 0, device, model.interpolation)
+        few = test_loader(images, 8, loading._replace(workers=0))
         save_model(model, args.save_model, next(batches(few, device))[0])
-    loader = test_loader(
-        images, args.image_size, args.batch_size, args.workers, device, model.interpolation
-    )
+    loader = test_loader(images, args.batch_size, loading)
     ks = dataset.ks(args.dataset, args.ks)
-    found, embeddings, hits = evaluate(
-        model.to(device), loader, device, ks, images.queries, args.metrics
-    )
+    retrieved = evaluate(model.to(device), loader, ks, images.queries, args.metrics)
     if rank():
         return
-    found = {metric: 100 * fraction for metric, fraction in found.items()}
-
+    scores = {metric: 100 * fraction for metric, fraction in retrieved.scores.items()}
     print(f"{args.checkpoint} {args.remark}".strip())
-    for metric, percent in found.items():
+    for metric, percent in scores.items():
         print(f"{metric} : {percent:.3f}")
-    near = None
-    if args.page or args.export and needs_neighbours(args.export):
-        near = neighbours(embeddings, NEIGHBOURS, images.queries)
-    if args.export:
-        export(args.export, embeddings, images, hits, near)
-    if args.page:
-        history = checkpoint.get("history")
-        curves = draw_curves(history) if history else None
-        metrics = {"this evaluation": found}
-        page = results_page(args.checkpoint, about, metrics, images, hits, near, curves)
-        write_atomically(Path(args.page).resolve(), page)
-        print(f"{args.page}: to look at in a browser")
-    if args.json:
-        write_json(Path(args.json).resolve(), {
-            **found, "dataset": args.dataset, "data_root": args.data_root, "split": "test",
-            "checkpoint": args.checkpoint, "epoch": epoch_of(checkpoint),
-        })  # fmt: skip
+    write_outputs(args, checkpoint, images, about, scores, retrieved)
 
 
 if __name__ == "__main__":

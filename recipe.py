@@ -6,13 +6,19 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grad_value_, get_total_norm
 
-from distributed import Sum, all_reduced, gather, part, share_batch_norm, sum_gradients, world
-from losses import DDML, LOSSES, PROXY_LOSSES, Classes
+from distributed import (
+    all_gather,
+    all_reduce,
+    all_reduce_gradients,
+    share_batch_norm,
+    world_size,
+)
+from losses import DDML, LOSSES, PROXY_LOSSES
 from net import create_model
+from sharded import ShardedDDML, ShardedProxyAnchor, sharded_parameters
 from utils import UserError, warn
 
-# with what the published script gives them; fused, a step makes no wait for the device, and can be
-# skipped there
+# with the published script's settings; fused ones never wait for the device
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
     "adam": (torch.optim.Adam, {"fused": True}),
@@ -57,15 +63,12 @@ def settle_loss(args):
 
 
 def build_criterion(args, num_classes):
-    C, parts = num_classes, {}
+    """Of all classes; with --shard-proxies, this rank's part of it."""
+    make, ddml = LOSSES[args.loss].make, DDML
     if args.shard_proxies:
-        parts = {"classes": Classes(C, part(range(C)), Sum.apply)}
-        if C < world():
-            raise UserError(f"--shard-proxies: {C} classes are fewer than the {world()} processes")
-    loss = LOSSES[args.loss].make(C, args.embedding_size, args.mrg, args.alpha, **parts)
-    for proxies in loss.parameters():
-        proxies.is_part = args.shard_proxies
-    return DDML(loss, args.al, args.be, args.gam) if args.disent else loss
+        make, ddml = ShardedProxyAnchor, ShardedDDML
+    loss = make(num_classes, args.embedding_size, args.mrg, args.alpha)
+    return ddml(loss, args.al, args.be, args.gam) if args.disent else loss
 
 
 def parameter_groups(model, criterion, lr, proxy_lr_factor):
@@ -106,28 +109,27 @@ def prepare_epoch(model, epoch, warm, bn_freeze):
 
 
 def train_step(model, criterion, optimizer, images, labels, noise=None, batch_size=None):
-    """One step on the network's input, of several processes each with its rows of the batch of
-    `batch_size` and all of its noise; returns {each term, "loss", "gradient" (its largest entry):
-    detached scalar on the device}."""
+    """One step; images, labels: this rank's rows of the batch of `batch_size`; noise: the whole
+    batch's. Returns {term: scalar}, with "loss" and "gradient" (its largest entry), on the device.
+    """
     optimizer.zero_grad()
-    output, labels = model(images), gather(labels, batch_size)
+    output, labels = model(images), all_gather(labels, batch_size)
     if model.disent:
-        loss, terms = criterion(*(gather(head, batch_size) for head in output), labels, noise)
+        heads = (all_gather(head, batch_size) for head in output)
+        loss, terms = criterion(*heads, labels, noise)
     else:
-        loss = criterion(gather(output, batch_size), labels)
+        loss = criterion(all_gather(output, batch_size), labels)
         terms = {"metric": loss}
-    (loss / world()).backward()
+    (loss / world_size()).backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sum_gradients(parameters)
+    sharded = sharded_parameters(criterion)
+    all_reduce_gradients([p for p in parameters if p not in sharded])
     gradient = get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf)
-    # of proxies in parts, each process knows its own; NCCL's maximum may pass over a NaN
-    gradient = all_reduced(gradient.nan_to_num(math.inf, math.inf), "max")
-    if all(group.get("fused") for group in optimizer.param_groups):  # else it is stopped in time
-        optimizer.grad_scale = None
-        optimizer.found_inf = (~(loss + gradient).isfinite()).float()  # skips the step
+    # each rank has its own sharded proxies; NCCL's maximum may pass over a NaN
+    gradient = all_reduce(gradient.nan_to_num(math.inf, math.inf), "max")
     clip_grad_value_(parameters, CLIP_VALUE)
     optimizer.step()
-    values = {**terms, "loss": loss, "gradient": gradient}  # the first that is not finite is named
+    values = {**terms, "loss": loss, "gradient": gradient}
     return {name: value.detach() for name, value in values.items()}
 
 
@@ -140,13 +142,21 @@ def loss_noise(shape, device):
 class Training:
     """What an epoch changes and a checkpoint holds."""
 
-    def __init__(self, args, num_classes, device, weights, images=None):
-        torch.manual_seed(args.seed)
-        self.args, self.device, self.images, self.history = args, device, images, []
-        self.model = create_model(
-            args.model, args.embedding_size, args.disent, args.l2_norm, weights, args.precision
-        ).to(device)
-        if not args.bn_freeze:
-            share_batch_norm(self.model)
-        self.criterion = build_criterion(args, num_classes).to(device)
-        self.optimizer, self.scheduler = build_optimizer(args, self.model, self.criterion)
+    def __init__(self, args, device, model, criterion, images_digest=None):
+        self.args, self.device, self.images_digest = args, device, images_digest
+        self.model, self.criterion = model, criterion
+        self.optimizer, self.scheduler = build_optimizer(args, model, criterion)
+        self.history = []  # of finished epochs, what metrics.jsonl has
+        self.epoch = None  # the runs.results.Epoch under way
+
+
+def build_training(args, num_classes, device, weights, images_digest=None):
+    """A run at its start. Seeds torch, so that initial weights and proxies depend on --seed."""
+    torch.manual_seed(args.seed)
+    model = create_model(
+        args.model, args.embedding_size, args.disent, args.l2_norm, weights, args.precision
+    ).to(device)
+    if not args.bn_freeze:
+        share_batch_norm(model)
+    criterion = build_criterion(args, num_classes).to(device)
+    return Training(args, device, model, criterion, images_digest)

@@ -9,16 +9,18 @@ import numpy as np
 import torch
 
 from dataset import table
-from dataset.files import SUFFIXES, is_leftover, read_image
+from dataset.files import SUFFIXES, is_leftover
+from dataset.images import ImageSet
 from flags import PRECISION_HELP, PRECISIONS, Parser, at_least
-from loading.augment import resize_and_crop
-from loading.loader import Work, make_loader
-from net import load_model
+from loading.loader import Loading, batches, test_loader
+from net import network_from
+from retrieval.embed import embed
 from retrieval.page import search_page
 from retrieval.search import nearest
 from runs.folder import checkpoint_in
 from storage import (
-    read_checkpoint,
+    checkpoint_from,
+    read_bytes,
     replacing,
     require_format,
     require_writable,
@@ -59,34 +61,15 @@ def files_of(gallery):
     return sorted(str(path) for path in found if not is_leftover(path))
 
 
-def embed_files(paths, model, size, device, args):
+def embed_files(paths, model, batch_size, loading):
     """(embeddings [n, d] on the CPU, indices [n] of the files that could be read); the others are
     named."""
-    loader = make_loader(
-        Work(partial(centred, paths, size, model.interpolation), len(paths)),
-        args.workers, device, collate=keep_readable, batch_size=args.batch_size,
-    )  # fmt: skip
-    embeddings, kept = [torch.empty(0, model.embedding_size)], []
-    with torch.inference_mode():
-        for pixels, index, errors in progress(loader, len(loader), "embedding"):
-            for error in errors:
-                warn(f"skipped {error}")
-            if index:
-                x = model.embed(model.prepare(pixels.to(device, non_blocking=True)))
-                embeddings.append(x.float().cpu())
-                kept += index
-    return torch.cat(embeddings), kept
-
-
-def centred(paths, size, interpolation, index):
-    return resize_and_crop(read_image(paths[index]), size, interpolation), index
-
-
-def keep_readable(items):
-    good = [item for item in items if not isinstance(item, UserError)]
-    pixels = torch.stack([pixels for pixels, _ in good]) if good else torch.empty(0)
-    errors = [str(item) for item in items if isinstance(item, UserError)]
-    return pixels, [index for _, index in good], errors
+    if not paths:
+        return torch.empty(0, model.embedding_size), []
+    loader = test_loader(ImageSet([(path, "") for path in paths]), batch_size, loading)
+    kept = ((pixels, index) for pixels, _, index in batches(loader, loading.device, skip=True))
+    embeddings, index = embed(model, progress(kept, len(loader), "embedding"))
+    return embeddings.cpu(), index.tolist()
 
 
 def open_index(path, checkpoint):
@@ -105,7 +88,7 @@ def open_index(path, checkpoint):
     return index
 
 
-def gallery_of(args, checkpoint, embed):
+def gallery_of(args, checkpoint, embed_paths):
     """(paths, embeddings [M, d]) of the gallery; what an index holds is not embedded again."""
     file, source, index = args.save_index, os.path.abspath(args.gallery), None
     if source.lower().endswith(".npz"):
@@ -121,7 +104,7 @@ def gallery_of(args, checkpoint, embed):
     listed = [(path, stamp_of(path)) for path in files_of(source)]
     keys = [(path, stamp) for path, stamp in listed if stamp]
     new = [key for key in keys if key not in known]
-    embedded, kept = embed([path for path, _ in new])
+    embedded, kept = embed_paths([path for path, _ in new])
     fresh = {new[i]: row for row, i in enumerate(kept)}
     keys = [key for key in keys if key in known or key in fresh]
     if not keys:
@@ -160,21 +143,22 @@ def main(argv=None):
     require_writable(args, "json", "page", "save_index")
     require_format(args, save_index={".npz": ()})
     device = choose_device(args.gpu_id)
-    path = checkpoint_in(args.resume, ("best", "last", "previous"))
-    model = load_model(path, args.precision).to(device)
+    path = checkpoint_in(args.resume)
+    data = read_bytes(path)
+    checkpoint = checkpoint_from(data, path)
+    model = network_from(checkpoint, path, precision=args.precision).to(device)
     set_precision(model.precision)
-    size = read_checkpoint(path).get("args", {}).get("image_size", 224)
-    checkpoint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    identity = hashlib.sha256(data).hexdigest()
     if model.precision != "fp32":
-        checkpoint += f" {model.precision}"  # an index's embeddings are of one precision
+        identity += f" {model.precision}"  # an index's embeddings are of one precision
 
-    loading = {"size": size, "device": device, "args": args}
-    queries, kept = embed_files(args.query, model, **loading)
+    size = checkpoint.get("args", {}).get("image_size", 224)
+    loading = Loading(size, args.workers, device, model.interpolation)
+    embed_paths = partial(embed_files, model=model, batch_size=args.batch_size, loading=loading)
+    queries, kept = embed_paths(args.query)
     if len(kept) < len(args.query):
         raise UserError("--query: not an image, as said above")
-    paths, gallery = gallery_of(
-        args, checkpoint, lambda paths: embed_files(paths, model, **loading)
-    )
+    paths, gallery = gallery_of(args, identity, embed_paths)
     similarities, indices = nearest(queries, gallery, args.top)
     results = [
         {"query": query, "neighbours": [

@@ -103,32 +103,40 @@ def write_checkpoint(path, checkpoint, keep=None):
     write_atomically(path, buffer.getbuffer(), keep)
 
 
-def load(data):
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch muses on odd files before it refuses them
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # it fails in a dozen ways, and words few of them well
-        raise ValueError("damaged, or it holds more than tensors and plain values") from error
-
-
 def read_checkpoint(path):
     """The dictionary in a .pth file; executes nothing. UserError for any file that is none or is
     damaged; one without our SHA-256, as others write it, is taken as it is."""
+    return checkpoint_from(read_bytes(path), path)
+
+
+def read_bytes(path):
     try:
         if not os.path.isfile(path) and os.path.exists(path):
-            raise ValueError("not a file")
-        data = Path(path).read_bytes()
-        end = len(data) - COMMENT_LENGTH
-        if data.startswith(CHECKSUM, end):
-            digest = hashlib.sha256(memoryview(data)[: end - 2]).hexdigest()
-            if not data.endswith(digest.encode()):
-                raise ValueError("damaged, its SHA-256 is not the stored one")
-        checkpoint = load(data)
+            raise OSError("not a file")
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{path}: not a checkpoint that can be read: {error}") from error
+
+
+def checkpoint_from(data, path):
+    """As `read_checkpoint`, of the bytes that were in the file."""
+
+    def refuse(reason):
+        raise UserError(f"{path}: not a checkpoint that can be read: {reason}")
+
+    end = len(data) - COMMENT_LENGTH
+    if data.startswith(CHECKSUM, end):
+        digest = hashlib.sha256(memoryview(data)[: end - 2]).hexdigest()
+        if not data.endswith(digest.encode()):
+            refuse("damaged, its SHA-256 is not the stored one")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch muses on odd files before it refuses them
+            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception:  # it fails in a dozen ways, and words few of them well
+        refuse("damaged, or it holds more than tensors and plain values")
     if not isinstance(checkpoint, dict) or not checkpoint:
         raise UserError(f"{path}: not a checkpoint (it holds no dictionary of tensors)")
     return checkpoint

@@ -3,18 +3,15 @@
 The flags are the published script's; README.md has its three commands.
 """
 
-import contextlib
 import time
 from functools import partial
 
 import torch
 
 import dataset
-import utils
 from dataset.files import UnreadableImage
 from dataset.images import digest_of_names
-from distributed import first_alone, join, most, rank, world
-from evaluate import describe, evaluate
+from distributed import all_reduce_max, init_processes, rank, rank_0_first, world_size
 from flags import (
     Parser,
     add_data_flags,
@@ -26,20 +23,31 @@ from flags import (
     name_part,
 )
 from loading.cache import keep_on_device, read_from_memory
-from loading.loader import batches, test_loader, train_loader
+from loading.loader import Loading, batches, test_loader, train_loader
 from losses import LOSSES
 from net import CHOICES, compile_backbone, model_name
-from recipe import OPTIMIZERS, Training, loss_noise, prepare_epoch, settle_loss, train_step
-from runs.checkpoint import capture, restore
+from recipe import OPTIMIZERS, build_training, loss_noise, prepare_epoch, settle_loss, train_step
+from retrieval.evaluate import describe, evaluate
+from runs.checkpoint import restore, save
 from runs.pictures import draw
 from runs.report import announce, conclude, early_end, say_epoch
 from runs.results import Epoch, result_of
-from runs.start import open_on_first, recorded
-from runs.tracking import address_of, log_epoch, memory_of, wandb_mode
-from utils import Interrupted, Stop, UserError, progress, run, say, seed_of, set_precision
+from runs.start import open_run, record
+from runs.tracking import address_of, log_epoch, memory_of
+from utils import (
+    Interrupted,
+    Stop,
+    UserError,
+    progress,
+    run,
+    say,
+    seed_of,
+    set_precision,
+    set_quiet,
+)
 
 STEP = 2  # a step's stream of random numbers, beside the sampler's and the augmentation's
-FETCH_SECONDS = 1  # between two looks at the losses, each of which waits for the device
+FETCH_SECONDS = 1  # between reads of the losses; each read waits for the device
 
 
 def build_parser():
@@ -107,94 +115,30 @@ def build_parser():
     return parser
 
 
-def train_epoch(training, loader, epoch, after_step):
-    """The steps of an epoch from `epoch.step` on; `after_step()` follows each of them."""
-    model, device, args = training.model, training.device, training.args
-    prepare_epoch(model, epoch.number, args.warm, args.bn_freeze)
-    if args.compile and epoch.number == args.warm:
-        torch.compiler.reset()  # torch 2.11 does not look at what trains: it made no gradients
-    loader.batch_sampler.set_epoch(epoch.number, epoch.step)
-    steps = progress(batches(loader, device), len(loader), f"epoch {epoch.number}",
-                     args.batch_size, epoch.note)  # fmt: skip
-    epoch.clock = time.perf_counter()
-    for pixels, labels, _ in steps:
-        epoch.tick("data")
-        key = args.seed, STEP, epoch.number, epoch.step
-        torch.manual_seed(seed_of(*key))
-        noise = None
-        if model.disent:
-            noise = loss_noise((args.batch_size, model.embedding_size), device)
-        if rank():
-            torch.manual_seed(seed_of(*key, rank()))  # for dropout: other images, other masks
-        images = model.prepare(pixels)
-        epoch.add(train_step(model, training.criterion, training.optimizer, images, labels, noise,
-                             args.batch_size))  # fmt: skip
-        after_step()
-        epoch.tick("step")
-
-
-def run_epoch(training, train_batches, test_scores, epoch, run_folder, stop):
-    """Train what is left of an epoch, save, evaluate, save; the epoch's result, and the test
-    images' embeddings and hits. Where a signal or a damaged image ends it, the exception says what
-    is saved and how to go on."""
-    args, files, saved = training.args, train_batches.batch_sampler.files, epoch.step
-    alone = world() == 1
-
-    def save(finished=False):
-        nonlocal saved
-        epoch.fetch(files)
-        if run_folder:
-            run_folder.wait()  # else there would be two copies of the state at a time
-        checkpoint = capture(training, None if finished else epoch.so_far())
-        saved = epoch.step
-        if run_folder:
-            run_folder.save(checkpoint)
-
-    def after_step():
-        stop.check(most)
-        if run_folder:
-            run_folder.look()
-        if args.checkpoint_every and epoch.step % args.checkpoint_every == 0:
-            save()
-        elif most(time.perf_counter() > epoch.fetched + FETCH_SECONDS):
-            epoch.fetch(files)
-
-    try:
-        train_epoch(training, train_batches, epoch, after_step)
-        epoch.fetch(files)
-        epoch.tick("step")  # on a GPU the steps that are queued end with the fetch
-        started, scores, retrieved = time.perf_counter(), {}, None
-        if test_scores:
-            save()  # evaluating takes long enough to be interrupted in any way
-            # several processes would end at different batches
-            scores, *retrieved = test_scores(watch=stop.between if alone else iter)
-    except (Interrupted, UnreadableImage) as error:
-        # of several processes only one knows of a damaged image, and it cannot save their parts
-        if epoch.step > saved and (alone or isinstance(error, Interrupted)):
-            save()
-        raise early_end(error, epoch.step == saved, run_folder) from None
-    result = result_of(training, epoch, len(train_batches), scores, time.perf_counter() - started)
-    training.history.append(result)
-    training.scheduler.step()
-    save(finished=True)
-    return result, retrieved
-
-
 def load_images(args):
-    """(train, test) images, checked against the batch; test is None with --train-on all."""
+    """{split: ImageSet}, checked against the batch; with --train-on all, `train` alone."""
     dataset.prepare(args.dataset, args.data_root)
     splits, name = dataset.read(args.dataset, args.data_root), dataset.title(args.dataset)
-    wanted = ("train", "test") if args.train_on == "train" else ("all",)
-    sets = {split: dataset.image_set(args.dataset, splits, split) for split in wanted}
-    train, test = [*sets.values(), None][:2]
+    wanted = {"train": "train", "test": "test"} if args.train_on == "train" else {"train": "all"}
+    images = {split: dataset.image_set(args.dataset, splits, of) for split, of in wanted.items()}
+    require_batches(args, images["train"], name)
+    for split, of in wanted.items():
+        say(describe(f"{name} {of}", images[split]))
+    if "test" not in images:
+        say("training on all classes: none is left to test on, the last epoch is what is kept")
+    return images
+
+
+def require_batches(args, train, name):
+    """UserError where --batch-size and --IPC make no batch of the training images."""
     if args.batch_size > len(train):  # differs: the script trains on nothing, in silence
         raise UserError(
             f"--batch-size {args.batch_size}: larger than the {len(train)} training images of "
             f"{name}, so that no batch would be complete; use {len(train)} or fewer"
         )
-    if args.batch_size < world():
-        raise UserError(f"--batch-size {args.batch_size}: fewer than the {world()} processes that "
-                        "share a batch")  # fmt: skip
+    if args.batch_size < world_size():
+        raise UserError(f"--batch-size {args.batch_size}: fewer than the {world_size()} processes "
+                        "that share a batch")  # fmt: skip
     if args.IPC:
         classes, rest = divmod(args.batch_size, args.IPC)
         if rest or classes > len(train.classes):
@@ -202,88 +146,127 @@ def load_images(args):
                 f"--IPC {args.IPC}: a batch of --batch-size {args.batch_size} cannot hold "
                 f"{args.IPC} images of each of a whole number of the {len(train.classes)} classes"
             )
-    for split, images in sets.items():
-        say(describe(f"{name} {split}", images))
-    if not test:
-        say("training on all classes: none is left to test on, the last epoch is what is kept")
-    return train, test
 
 
-def build_loading(training, train, test):
+def build_loading(training, images):
     """The loader of training, and what evaluates the test images, None without any."""
-    args, model, device = training.args, training.model, training.device
-    size, batch_size = args.image_size, args.batch_size
-    loading = {"workers": args.workers, "device": device, "interpolation": model.interpolation}
+    args, model = training.args, training.model
+    train, test = images["train"], images.get("test")
+    loading = Loading(args.image_size, args.workers, training.device, model.interpolation)
     if args.cache == "ram":
-        read_from_memory([images for images in (train, test) if images], args.workers)
-    train_batches = train_loader(
-        train, size, batch_size, args.seed, images_per_class=args.IPC, **loading
-    )
-    test_batches = test and test_loader(test, size, batch_size, **loading)
+        loading = loading._replace(read=read_from_memory(images.values(), args.workers))
+    train_batches = train_loader(train, args.batch_size, args.seed, loading, args.IPC)
+    test_batches = test and test_loader(test, args.batch_size, loading)
     if args.cache == "gpu":
-        train_batches, test_batches = keep_on_device(
-            train, train_batches, test_batches, size, **loading
-        )
-    test_scores = test and partial(
-        evaluate, model, test_batches, device,
-        dataset.ks(args.dataset, args.ks), test.queries, args.metrics,
+        train_batches, test_batches = keep_on_device(train, train_batches, test_batches, loading)
+    ks = dataset.ks(args.dataset, args.ks)
+    evaluate_test = test and partial(
+        evaluate, model, test_batches, ks, test.queries, args.metrics
     )  # fmt: skip
-    return train_batches, test_scores
+    return train_batches, evaluate_test
+
+
+def run_epoch(training, loader, evaluate_test, run_folder, stop):
+    """Train what is left of the epoch, save, evaluate, save. Returns what was retrieved."""
+    args, model, epoch = training.args, training.model, training.epoch
+    prepare_epoch(model, epoch.number, args.warm, args.bn_freeze)
+    if args.compile and epoch.number == args.warm:
+        torch.compiler.reset()  # torch 2.11 does not look at what trains: it made no gradients
+    loader.batch_sampler.set_epoch(epoch.number, epoch.step)
+    steps = progress(batches(loader, training.device), len(loader), f"epoch {epoch.number}",
+                     args.batch_size, epoch.note)  # fmt: skip
+    epoch.tick()
+    try:
+        for pixels, labels, _ in steps:
+            epoch.tick("data")
+            noise = seeded_noise(training)
+            images = model.prepare(pixels)
+            epoch.add(train_step(model, training.criterion, training.optimizer, images, labels,
+                                 noise, args.batch_size))  # fmt: skip
+            after_step(training, run_folder, stop)
+            epoch.tick("step")
+        epoch.fetch()
+        epoch.tick("step")  # on a GPU the steps that are queued end with the fetch
+        retrieved = None
+        if evaluate_test:
+            save(training, run_folder)  # evaluating takes long enough to be interrupted
+            # one rank would stop at another batch than the others
+            retrieved = evaluate_test(watch=stop.between if world_size() == 1 else iter)
+    except (Interrupted, UnreadableImage, torch.OutOfMemoryError) as error:
+        raise early_end(error, training, run_folder) from None
+    epoch.tick("eval")
+    training.history.append(result_of(training, len(loader), retrieved))
+    training.scheduler.step()
+    save(training, run_folder, finished=True)
+    return retrieved
+
+
+def seeded_noise(training):
+    """The loss's noise of this step, None without DDML. Seeds torch: what a step draws depends on
+    --seed, epoch and step alone."""
+    args, model, epoch = training.args, training.model, training.epoch
+    key = args.seed, STEP, epoch.number, epoch.step
+    torch.manual_seed(seed_of(*key))
+    noise = None
+    if model.disent:
+        noise = loss_noise((args.batch_size, model.embedding_size), training.device)
+    if rank():
+        torch.manual_seed(seed_of(*key, rank()))  # for dropout: other images, other masks
+    return noise
+
+
+def after_step(training, run_folder, stop):
+    """Signals, failed saves, checkpoints in mid-epoch, and a look at the losses now and then."""
+    epoch, every = training.epoch, training.args.checkpoint_every
+    stop.check(all_reduce_max)
+    run_folder.check()
+    if every and epoch.step % every == 0:
+        save(training, run_folder)
+    elif all_reduce_max(time.perf_counter() > epoch.fetched + FETCH_SECONDS):
+        epoch.fetch()
 
 
 def main(argv=None):
     parser = build_parser()
     args, given = given_flags(parser, argv)
-    utils.quiet = args.quiet
-    device = join(args.gpu_id)
-    args, run_folder, checkpoint, complete = open_on_first(parser, args, given)
-    done = len(checkpoint["history"]) if checkpoint else 0
-    if complete:
-        if run_folder:
-            print(f"{run_folder.folder} is finished: {done} of {args.epochs} epochs are done")
-            conclude(checkpoint["history"], run_folder)
+    set_quiet(args.quiet)
+    device = init_processes(args.gpu_id)
+    args, run_folder, checkpoint = open_run(parser, args, given)
+    if run_folder.complete:
+        history = checkpoint["history"]
+        say(f"{run_folder.folder} is finished: {len(history)} of {args.epochs} epochs are done")
+        conclude(history, run_folder)
         return
     settle_loss(args)
-    mode = wandb_mode(args.wandb)
     set_precision(args.precision, args.deterministic)
-    with first_alone():
-        train, test = load_images(args)
-        weights = None if checkpoint else args.weights
-        training = Training(args, len(train.classes), device, weights, digest_of_names(train, test))
+    with rank_0_first():
+        images = load_images(args)
+        training = build_training(
+            args, len(images["train"].classes), device, None if checkpoint else args.weights,
+            digest_of_names(images.values()),
+        )  # fmt: skip
     training.model.num_features(args.image_size)  # ends here where the network cannot take it
     if args.compile:
         compile_backbone(training.model, args.compile)
-    epoch = Epoch(done)
+    partial_epoch = {}
     if checkpoint:
         restore(training, checkpoint, args.resume)
-        epoch = Epoch(done, **(checkpoint["partial"] or {}))
-    train_batches, test_scores = build_loading(training, train, test)
-    with recorded(run_folder, training, argv, mode, train, test, checkpoint) as wandb_run:
-        announce(training, len(train_batches), run_folder)
-        with Stop() as stop, run_folder or contextlib.nullcontext():  # in here are all saves
-            retrieved = train_from(
-                epoch, training, train_batches, test_scores, run_folder, stop, wandb_run
-            )
-            if test and not retrieved:  # all was trained before; what is left is to draw
-                _, *retrieved = test_scores()
-        if run_folder:
-            about = test and f"{describe('test', test)}. Below, the last epoch's network."
-            draw(run_folder, training.history, about, test, retrieved, wandb_run)
-    if run_folder:
-        run_folder.file_lock.release()
-        conclude(training.history, run_folder, address_of(wandb_run))
-
-
-def train_from(epoch, training, train_batches, test_scores, run_folder, stop, wandb_run):
-    """The epochs that are left; the last one's embeddings and hits of the test images."""
-    epochs, retrieved = training.args.epochs, None
-    while epoch.number < epochs:
-        result, retrieved = run_epoch(training, train_batches, test_scores, epoch, run_folder, stop)
-        say_epoch(result, epochs)
-        if wandb_run:
-            log_epoch(wandb_run, training.history, **memory_of(training.device))
-        epoch = Epoch(epoch.number + 1)
-    return retrieved
+        partial_epoch = checkpoint["partial"] or {}
+    loader, evaluate_test = build_loading(training, images)
+    files, retrieved = loader.batch_sampler.files, None
+    training.epoch = Epoch(len(training.history), files, **partial_epoch)
+    with record(run_folder, training, images, argv, checkpoint) as wandb_run:
+        announce(training, len(loader), run_folder)
+        with Stop() as stop, run_folder:  # in here are all saves
+            while training.epoch.number < args.epochs:
+                retrieved = run_epoch(training, loader, evaluate_test, run_folder, stop)
+                say_epoch(training.history[-1], args.epochs)
+                log_epoch(wandb_run, training.history, **memory_of(device))
+                training.epoch = Epoch(len(training.history), files)
+            if evaluate_test and not retrieved:  # all was trained before; what is left is to draw
+                retrieved = evaluate_test()
+        draw(run_folder, training.history, images.get("test"), retrieved, wandb_run)
+    conclude(training.history, run_folder, address_of(wandb_run))
 
 
 if __name__ == "__main__":

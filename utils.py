@@ -21,8 +21,6 @@ from tqdm import tqdm
 class UserError(Exception):
     """Something the user can mend; `run` prints it as one line and exits with status 2."""
 
-    of_one_process = False  # of several that share a run; the others do not meet it
-
 
 class Interrupted(Exception):
     """Raised where a Stop is looked at, after a signal; `note` says how to go on."""
@@ -57,7 +55,8 @@ def run_alone(main, name):
 
     def end(status, line):
         with contextlib.suppress(OSError):  # the disk under stderr may be full as well
-            print(f"{name or Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+            of = f" (rank {os.environ['RANK']})" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+            print(f"{name or Path(sys.argv[0]).name}{of}: {line}", file=sys.stderr, flush=True)
         sys.exit(status)
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -65,14 +64,9 @@ def run_alone(main, name):
     try:
         sys.exit(main())
     except UserError as error:
-        if not first and not error.of_one_process:
-            time.sleep(30)  # the first process says it, and torchrun then ends this one
-            sys.exit(2)
         end(2, f"error: {' '.join(str(error).split())}")
     except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-        end(2, f"error: the GPU's memory is full, use a smaller --batch-size or --image-size, or "
-               f"--precision bf16; the last checkpoint is good ({reason})")  # fmt: skip
+        end(2, f"error: {out_of_memory(error)}")
     except RuntimeError as error:
         if "gloo" in str(error) or "NCCL" in str(error):
             reason = str(error).splitlines()[0].split(". ")[0]
@@ -95,11 +89,17 @@ def run_alone(main, name):
             discard_output()
         end(2, f"error: {error.filename or 'the output'}: {error.strerror}")
     except Interrupted as stop:
-        if not first:
+        if not is_rank_0():  # which says how to go on
             sys.exit(128 + stop.number)
         end(128 + stop.number, f"{signal.Signals(stop.number).name}: {stop.note}")
     except KeyboardInterrupt:
         end(128 + signal.SIGINT, "stopped")
+
+
+def out_of_memory(error):
+    reason = str(error).split(". ")[0]
+    return ("the GPU's memory is full, use a smaller --batch-size or --image-size, or --precision "
+            f"bf16 ({reason})")  # fmt: skip
 
 
 def discard_output():
@@ -128,7 +128,7 @@ class Stop:
             os._exit(128 + number)
 
     def check(self, agree=int):
-        """Raise Interrupted after a signal, or, with distributed.most, after one of any process."""
+        """Raise Interrupted after a signal; with all_reduce_max, after one to any rank."""
         signal = agree(self.signal or 0)
         if signal:
             raise Interrupted(signal)
@@ -140,19 +140,28 @@ class Stop:
             yield item
 
 
-quiet = False  # --quiet: errors, warnings and results alone
-# of several processes the first one speaks, and whoever meets an error that the others do not
-first = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+_quiet = False  # of this process: else every function that may show a progress bar had to be told
+
+
+def set_quiet(quiet):
+    """--quiet: from here on, print errors, warnings and results alone."""
+    global _quiet
+    _quiet = quiet
+
+
+def is_rank_0():
+    """Whether this process speaks for all that torchrun has started; before they are joined too."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
 def say(message):
     """What is good to know while a run is under way."""
-    if first and not quiet:
+    if is_rank_0() and not _quiet:
         print(message, flush=True)
 
 
 def warn(message):
-    if first:
+    if is_rank_0():
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
@@ -171,7 +180,7 @@ def did_you_mean(word, known):
 def progress(iterable, total, label, images=None, note=str):
     """A tqdm bar on a terminal, of steps of `images` with `note()` at its end; elsewhere a plain
     line every half minute."""
-    if quiet or not first:
+    if _quiet or not is_rank_0():
         yield from iterable
         return
     if sys.stderr.isatty():

@@ -26,10 +26,10 @@ from benchmarks.timing import report
 from dataset.images import ImageSet
 from evaluate import recall_at_k
 from loading.cache import keep_on_device
-from loading.loader import in_parallel, train_loader
+from loading.loader import Loading, batches, in_parallel, train_loader
 from net import compile_backbone
-from recipe import Training, loss_noise, prepare_epoch, settle_loss, train_step
-from runs.checkpoint import capture
+from recipe import build_training, loss_noise, prepare_epoch, settle_loss, train_step
+from runs.checkpoint import capture, largest_of
 from utils import UserError, set_precision
 
 DEVICE = torch.device("cuda")
@@ -87,7 +87,7 @@ def step_with(flags, layout=torch.channels_last):
     args = train.build_parser().parse_args(shlex.split(CUB + flags))
     settle_loss(args)
     set_precision(args.precision, args.deterministic)
-    training = Training(args, 100, DEVICE, None)
+    training = build_training(args, 100, DEVICE, None)
     model = training.model.to(memory_format=layout)
     if args.compile:
         compile_backbone(model, args.compile)
@@ -164,7 +164,7 @@ def embedding_and_saving():
         images = training.model.eval().prepare(pixels)
         with torch.inference_mode():
             embeddings = B / seconds_of(partial(training.model.embed, images))
-        save = seconds_of(partial(capture, training))
+        save = seconds_of(lambda training=training: (capture(training), largest_of(training)))
         rows.append({"precision": precision, "embeddings/s": embeddings,
                      "s a save holds up training": save})  # fmt: skip
     report(rows, __doc__)
@@ -190,9 +190,10 @@ def crops():
         jobs = [(Path(root, f"{i}.jpg"), i) for i in range(B)]
         in_parallel(write_job, jobs, WORKERS, "drawing photographs")
         images = ImageSet([(str(path), "photographs") for path, _ in jobs])
-        theirs = train_loader(images, SIZE, B, seed=0, workers=0, device=torch.device("cpu"))
-        ours, _ = keep_on_device(images, theirs, None, SIZE, WORKERS, DEVICE, "bilinear")
-        (made, *_), (expected, *_) = next(iter(ours)), next(iter(theirs))
+        cpu = torch.device("cpu")
+        theirs = train_loader(images, B, 0, Loading(SIZE, 0, cpu))
+        ours, _ = keep_on_device(images, theirs, None, Loading(SIZE, WORKERS, DEVICE))
+        (made, *_), (expected, *_) = next(iter(ours)), next(batches(theirs, cpu))
         difference = (made.cpu().int() - expected.int()).abs()
     report([{"crops of --cache gpu": "", "ms a batch": 1000 * seconds_of(lambda: next(iter(ours))),
              "grey levels off Pillow's": int(difference.max())}], __doc__)  # fmt: skip

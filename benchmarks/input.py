@@ -5,7 +5,6 @@ A batch is timed until it is ready for the device. Ours is of bytes then, which 
 """
 
 import contextlib
-import copy
 import math
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from torchvision import transforms
 from benchmarks.timing import alternate, peak_mb, report
 from dataset.images import ImageSet
 from loading.cache import cache_in_memory, keep_on_device
-from loading.loader import test_loader, train_loader
+from loading.loader import Loading, good, test_loader, train_loader
 
 IMAGES, BATCH, HEIGHT, WIDTH = 64, 32, 375, 500  # the usual size in CUB, there of 97 KB a file
 CPU = torch.device("cpu")
@@ -62,26 +61,29 @@ class Usual(torch.utils.data.Dataset):
         return self.transform(Image.open(self.paths[index]).convert("RGB")), 0
 
 
+def batches_of(loader):
+    return loader if isinstance(getattr(loader, "dataset", None), Usual) else good(loader)
+
+
 def measure(split, items, cache, rounds):
     paths = [path for path, _ in items]
     images = ImageSet(items)
-    cached = copy.copy(images)
-    cached.read = cache
+    loading = Loading(224, 0, CPU)
 
-    def load(images):
+    def load(loading):
         if split == "train":
-            return train_loader(images, 224, BATCH, seed=0, workers=0, device=CPU)
-        return test_loader(images, 224, BATCH, workers=0, device=CPU)
+            return train_loader(images, BATCH, 0, loading)
+        return test_loader(images, BATCH, loading)
 
     peer = torch.utils.data.DataLoader(Usual(paths, usual(split)), BATCH, split == "train")
-    loaders = {"ours": load(images), "cached": load(cached), "usual": peer}
+    cached = load(loading._replace(read=cache))
+    loaders = {"ours": load(loading), "cached": cached, "usual": peer}
     if split == "train":
         with contextlib.redirect_stdout(sys.stderr):
-            loaders["on device"], _ = keep_on_device(
-                images, load(images), None, 224, 1, CPU, "bilinear"
-            )
+            kept = keep_on_device(images, load(loading), None, loading._replace(workers=1))
+            loaders["on device"] = kept[0]
     sides = {
-        name: lambda loader=loader: sum(len(batch[1]) for batch in loader)
+        name: lambda loader=loader: sum(len(batch[1]) for batch in batches_of(loader))
         for name, loader in loaders.items()
     }
     seconds = alternate(sides, rounds)

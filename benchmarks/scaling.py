@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.timing import extra_mb, report
-from distributed import all_reduced, join, part, rank, world
+from distributed import all_reduce, init_processes, rank, rows_of_this_rank, world_size
 from recipe import build_criterion, build_optimizer, train_step
 
 B, D, FEATURES = 180, 512, 16
@@ -63,7 +63,8 @@ def two_steps(C, sharded):
     for _ in range(2):
         start = time.perf_counter()
         with Traffic() as traffic:
-            train_step(model, criterion, optimizer, part(images), part(labels), noise, B)
+            mine = rows_of_this_rank(images), rows_of_this_rank(labels)
+            train_step(model, criterion, optimizer, *mine, noise, B)
     return criterion, optimizer, traffic.nbytes, time.perf_counter() - start
 
 
@@ -76,10 +77,10 @@ def measure(C, sharded):
     found = torch.tensor([*held, peak, traffic / 2**20, seconds])
     return {
         "classes": C,
-        "processes": world(),
+        "processes": world_size(),
         "proxies": f"{len(proxies):,} each" if sharded else "all in each",
         **dict(zip(("with gradient MB", "moments MB", "peak MB", "traffic MB", "step s"),
-                   all_reduced(found, "max").tolist())),
+                   all_reduce(found, "max").tolist())),
     }  # fmt: skip
 
 
@@ -96,9 +97,9 @@ def measure_processes(count):
 
 if __name__ == "__main__":
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        join(0)
+        init_processes(0)
         two_steps(100, False)  # what the first step alone takes
-        rows = [measure(C, sharded) for C in CLASSES for sharded in (False, True)[: world()]]
+        rows = [measure(C, sharded) for C in CLASSES for sharded in (False, True)[: world_size()]]
         if rank() == 0:
             print(json.dumps(rows))
     else:

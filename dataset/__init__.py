@@ -13,14 +13,23 @@ OWN        of users' own images, the flag that says which they are
 
 import os
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
-from dataset import cars, cub, demo, folder, inshop, sop, table
+from dataset import table
 from dataset.files import on_disk
 from dataset.images import ImageSet
 from utils import UserError, did_you_mean, plural, warn
 
-DATASETS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "demo": demo, "folder": folder}
+MODULES = {  # --dataset: the file in this folder
+    "cub": "cub",
+    "cars": "cars",
+    "SOP": "sop",
+    "Inshop": "inshop",
+    "demo": "demo",
+    "folder": "folder",
+}
+DATASETS = {name: import_module(f"dataset.{module}") for name, module in MODULES.items()}
 ALIASES = {"car": "cars"}  # differs: the script does not know the name its README uses
 CHOICES = f"{', '.join(DATASETS)}, or a list FILE.csv or FILE.tsv"
 

@@ -21,8 +21,6 @@ MAX_BYTES = 2**28  # Pillow's limit of 89 million pixels is as many bytes; lists
 class UnreadableImage(UserError):
     """An image file that is damaged, or not one that is read."""
 
-    of_one_process = True
-
 
 def require_size(path):
     """ValueError for a file that is too large to be read into memory unseen."""

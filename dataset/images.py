@@ -10,8 +10,8 @@ from dataset.files import read_image
 
 class ImageSet(Dataset):
     """`paths` and `labels` [N] of one split, and `classes`, the name of each label 0 .. C - 1;
-    item i is (RGB image after `transform`, label). Matches of the first `queries` images are
-    looked for among the rest; if it is None, those of each image among all others."""
+    item i is (RGB image after `transform`, label). The first `queries` images are queries, the rest
+    the gallery; None: each image queries all others."""
 
     def __init__(self, items, transform=None, queries=None):
         self.paths = [path for path, _ in items]
@@ -19,13 +19,12 @@ class ImageSet(Dataset):
         number = {name: label for label, name in enumerate(self.classes)}
         self.labels = torch.tensor([number[name] for _, name in items])
         self.transform, self.queries = transform, queries
-        self.read = read_image  # or a loading.cache.Cache
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        image = self.read(self.paths[index])
+        image = read_image(self.paths[index])
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
     def hold_out(self, fraction, fold):
@@ -43,17 +42,15 @@ class ImageSet(Dataset):
         def side(is_held):
             items = [item for item, h in zip(zip(self.paths, names), held) if h == is_held]
             queries = self.queries and held[: self.queries].count(is_held)
-            images = ImageSet(items, self.transform, queries)
-            images.read = self.read
-            return images
+            return ImageSet(items, self.transform, queries)
 
         return side(False), side(True)
 
 
-def digest_of_names(*splits):
-    """A digest of the images' names and classes, wherever the data root is."""
+def digest_of_names(sets):
+    """A digest of the names and classes of all images, wherever the data root is."""
     digest = hashlib.sha256()
-    for images in filter(None, splits):
+    for images in sets:
         for path, label in zip(images.paths, images.labels.tolist()):
             name = f"{'/'.join(path.split('/')[-2:])} {images.classes[label]}\n"
             digest.update(name.encode(errors="replace"))

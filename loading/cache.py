@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dataset.files import read_image, size_of
-from distributed import most, once_a_machine
+from distributed import all_reduce_max, once_a_machine
 from loading.crops import DeviceBatches
 from loading.loader import batches, in_parallel
 from utils import UserError, plural, progress, say
@@ -48,27 +48,26 @@ def cache_in_memory(paths, workers):
 
 
 def read_from_memory(sets, workers):
-    """--cache ram: decode all images of the sets once, into memory that all processes share."""
+    """--cache ram: decode all images of the sets once, into memory that all processes share; what
+    reads them from there."""
     paths = [path for images in sets for path in images.paths]
-    cache = once_a_machine(partial(cache_in_memory, paths, workers))
-    for images in sets:
-        images.read = cache
+    return once_a_machine(partial(cache_in_memory, paths, workers))
 
 
-def keep_on_device(images, train_batches, test_batches, size, workers, device, interpolation):
+def keep_on_device(images, train_batches, test_batches, loading):
     """--cache gpu: the same batches of two loaders, the second of which may be None, from the
     memory of a device: of the train `images` all pixels, of the test images their crops."""
-    tested = len(test_batches.sampler) if test_batches else 0
+    device, tested = loading.device, len(test_batches.sampler) if test_batches else 0
+    more = 3 * loading.size**2 * tested
     file, sizes = once_a_machine(
-        partial(decoded, "gpu", images.paths, workers, device, 3 * size**2 * tested)
+        partial(decoded, "gpu", images.paths, loading.workers, device, more)
     )
     starts = start_of_each(sizes)
     pixels = torch.from_file(file, shared=True, size=int(starts[-1]), dtype=torch.uint8).to(device)
-    most(0)  # every process has opened the file
+    all_reduce_max(0)  # every rank has opened the file
     if file.startswith(f"/proc/{os.getpid()}/"):  # from GPUs the images leave this machine's memory
         os.close(int(Path(file).name))
-    keys = train_batches.batch_sampler
-    kept = DeviceBatches(keys, images.labels, pixels, starts, sizes, size, interpolation)
+    kept = DeviceBatches(train_batches.batch_sampler, images.labels, pixels, starts, sizes, loading)
     if test_batches:
         cropped = batches(test_batches, device)
         test_batches = list(progress(cropped, len(test_batches), "cropping test images"))

@@ -81,10 +81,10 @@ class DeviceBatches:
     """`train_loader`'s batches, by its sampler `keys`, of RGB images that lie on a device: `pixels`
     [bytes], where each of them begins `starts` [N + 1], (width, height) `sizes` [N, 2]."""
 
-    def __init__(self, keys, labels, pixels, starts, sizes, size, interpolation):
+    def __init__(self, keys, labels, pixels, starts, sizes, loading):
         self.batch_sampler, self.pixels = keys, pixels
         self.images = list(zip(starts.tolist(), sizes.tolist(), labels.tolist()))
-        self.size, self.interpolation = size, interpolation
+        self.size, self.interpolation = loading.size, loading.interpolation
 
     def __len__(self):
         return len(self.batch_sampler)

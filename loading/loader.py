@@ -2,19 +2,31 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dataset.files import UnreadableImage
-from distributed import part, world
+from dataset.files import UnreadableImage, read_image
+from distributed import rows_of_this_rank, world_size
 from loading.augment import crop_and_flip, draw, resize_and_crop
 from loading.sampler import EpochBatches
-from utils import UserError, plural, progress, stream_of_copies
+from utils import UserError, plural, progress, stream_of_copies, warn
 
 # The number of workers is the user's choice, and the published default is 4.
 warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
+
+
+class Loading(NamedTuple):
+    """How images arrive: as crops of `size` pixels a side, read by `workers` processes."""
+
+    size: int
+    workers: int
+    device: torch.device
+    interpolation: str = "bilinear"
+    read: Callable = read_image  # path -> RGB image; or from a loading.cache.Cache
 
 
 class Work(Dataset):
@@ -35,8 +47,10 @@ class Work(Dataset):
 
 
 def collate(items, combine=default_collate):
-    error = next((item for item in items if isinstance(item, UserError)), None)
-    return error or combine(items)
+    """(batch of the items, or None without any; [UserError])."""
+    errors = [item for item in items if isinstance(item, UserError)]
+    good = [item for item in items if not isinstance(item, UserError)]
+    return combine(good) if good else None, errors
 
 
 def leave_signals_to_parent(worker):
@@ -58,45 +72,46 @@ def make_loader(work, workers, device, collate=collate, **batching):
     )
 
 
-def train_loader(
-    images, size, batch_size, seed, workers, device, images_per_class=None, interpolation="bilinear"
-):
+def train_loader(images, batch_size, seed, loading, images_per_class=None):
     """Seeded, augmented batches; call `loader.batch_sampler.set_epoch` before each epoch."""
     keys = EpochBatches(images, batch_size, seed, images_per_class)
-    work = Work(partial(augmented, images, size, interpolation))
-    return make_loader(work, workers, device, batch_sampler=keys)
+    work = Work(partial(augmented, images, loading))
+    return make_loader(work, loading.workers, loading.device, batch_sampler=keys)
 
 
-def augmented(images, size, interpolation, key):
+def augmented(images, loading, key):
     index, numbers = key
-    image = images.read(images.paths[index])
+    image = loading.read(images.paths[index])
     box, flip = draw(numbers, image.size)
-    return crop_and_flip(image, box, flip, size, interpolation), images.labels[index], index
+    pixels = crop_and_flip(image, box, flip, loading.size, loading.interpolation)
+    return pixels, images.labels[index], index
 
 
-def test_loader(images, size, batch_size, workers, device, interpolation="bilinear"):
-    """Every image once, in order; of several processes each has its part."""
-    if len(images) < world():
-        raise UserError(f"{plural(len(images), 'test image')}: fewer than the {world()} processes "
-                        "that share them; start fewer")  # fmt: skip
-    work = Work(partial(centred, images, size, interpolation), len(images))
-    mine = part(range(len(images)))
-    return make_loader(work, workers, device, batch_size=batch_size, sampler=mine)
+def test_loader(images, batch_size, loading):
+    """Every image once, in order; each rank has its rows."""
+    if len(images) < world_size():
+        raise UserError(f"{plural(len(images), 'test image')}: fewer than the {world_size()} "
+                        "processes that share them; start fewer")  # fmt: skip
+    work = Work(partial(centred, images, loading), len(images))
+    rows = rows_of_this_rank(range(len(images)))
+    return make_loader(work, loading.workers, loading.device, batch_size=batch_size, sampler=rows)
 
 
-def centred(images, size, interpolation, index):
-    image = images.read(images.paths[index])
-    return resize_and_crop(image, size, interpolation), images.labels[index], index
+def centred(images, loading, index):
+    image = loading.read(images.paths[index])
+    pixels = resize_and_crop(image, loading.size, loading.interpolation)
+    return pixels, images.labels[index], index
 
 
 test_loader.__test__ = False  # no test of pytest's
 
 
-def batches(loader, device):
-    """(pixels uint8 RGB [B, H, W, 3], labels [B], index [B] of the images) on `device`; a UserError
-    met by a worker is raised here. To a GPU they are copied while it computes."""
+def batches(loader, device, skip=False):
+    """(pixels uint8 RGB [B, H, W, 3], labels [B], index [B] of the images) on `device`. An image
+    that cannot be read is a UserError or, to `skip`, a warning. To a GPU they are copied while it
+    computes."""
     copying = stream_of_copies(device)
-    for batch in raising(loader):
+    for batch in good(loader, skip):
         with torch.cuda.stream(copying):
             batch = [x.to(device, non_blocking=True) for x in batch]
         if copying:
@@ -107,14 +122,21 @@ def batches(loader, device):
         yield batch
 
 
-def raising(loader):
-    for batch in loader:
-        if isinstance(batch, UserError):
-            # A new one: raising `batch` itself would make a cycle with this frame, and the loader
-            # in it would be collected in an order in which its workers are not told to stop.
-            hint = "; replace it; `python -m dataset.check` lists all such files"
-            raise type(batch)(f"{batch}{hint if isinstance(batch, UnreadableImage) else ''}")
-        yield batch
+def good(loader, skip=False):
+    """What `collate` has combined."""
+    if not isinstance(loader, DataLoader):  # --cache gpu: made on the device
+        yield from loader
+        return
+    for batch, errors in loader:
+        for error in errors:
+            if not skip:
+                # A new one: raising `error` itself would make a cycle with this frame, and the
+                # loader in it would be collected before its workers are told to stop.
+                hint = "; replace it; `python -m dataset.check` lists all such files"
+                raise type(error)(f"{error}{hint if isinstance(error, UnreadableImage) else ''}")
+            warn(f"skipped {error}")
+        if batch:
+            yield batch
 
 
 def in_parallel(function, items, workers, label):
@@ -122,7 +144,7 @@ def in_parallel(function, items, workers, label):
     work = Work(partial(call, function, items), len(items))
     cpu = torch.device("cpu")
     loader = make_loader(work, workers, cpu, collate=partial(collate, combine=list), batch_size=16)
-    return [result for batch in progress(raising(loader), len(loader), label) for result in batch]
+    return [result for batch in progress(good(loader), len(loader), label) for result in batch]
 
 
 def call(function, items, index):

@@ -4,7 +4,7 @@ epoch) alone."""
 import torch
 from torch.utils.data import Sampler
 
-from distributed import part
+from distributed import rows_of_this_rank
 from loading.augment import random_numbers
 from utils import generator
 
@@ -36,8 +36,8 @@ class EpochBatches(Sampler):
         return len(self.paths) // self.batch_size
 
     def __iter__(self):
-        """Of several processes, each one's rows of the batches."""
-        return map(part, self.whole_batches())
+        """This rank's rows of the batches."""
+        return map(rows_of_this_rank, self.whole_batches())
 
     def whole_batches(self):
         order = self.balanced_order() if self.images_per_class else self.shuffled_order()

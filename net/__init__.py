@@ -6,16 +6,11 @@ import copy
 import torch
 from torch import nn
 
-from net.backbones import BACKBONES, TIMM, at_least_float32, create_backbone
+from losses import l2_normalize
+from net.backbones import BACKBONES, TIMM, create_backbone
 from net.weights import load_strictly, load_weights
 from storage import read_checkpoint
 from utils import UserError, did_you_mean
-
-
-def l2_normalize(x):
-    """Rows of unit length, x / sqrt(sum x^2 + 1e-12); a zero row stays zero."""
-    wide = at_least_float32(x)  # 1e-12 is 0 in half
-    return (wide / (wide.square().sum(dim=-1, keepdim=True) + 1e-12).sqrt()).to(x.dtype)
 
 
 class EmbeddingNet(nn.Module):
@@ -35,11 +30,13 @@ class EmbeddingNet(nn.Module):
         super().__init__()
         self.name, self.embedding_size = name, embedding_size
         self.disent, self.l2_norm, self.precision = disent, l2_norm, precision
-        self.backbone = create_backbone(name)
-        self.interpolation = self.backbone.interpolation
-        self.model = self.backbone.network
-        self.register_buffer("mean", torch.tensor(self.backbone.mean).float(), persistent=False)
-        self.register_buffer("std", torch.tensor(self.backbone.std).float(), persistent=False)
+        backbone = create_backbone(name)
+        self.model = backbone.network  # by which all names in checkpoints begin
+        self.backbone = backbone._replace(network=None)
+        self.interpolation = backbone.interpolation
+        self.compiled_pool = None  # `pool` under --compile
+        self.register_buffer("mean", torch.tensor(backbone.mean).float(), persistent=False)
+        self.register_buffer("std", torch.tensor(backbone.std).float(), persistent=False)
         size = getattr(self.model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-1]
         width = 2 * embedding_size if disent else embedding_size
         self.model.embedding = nn.Linear(self.num_features(size), width)
@@ -78,6 +75,7 @@ class EmbeddingNet(nn.Module):
         return images.permute(0, 3, 1, 2)  # channels last in memory
 
     def pool(self, images):
+        """The backbone's features [B, F]."""
         maps = contextlib.nullcontext()
         if self.precision == "bf16":
             maps = torch.autocast(images.device.type, torch.bfloat16)
@@ -85,9 +83,12 @@ class EmbeddingNet(nn.Module):
             features = self.backbone.pool(self.model, images)
         return features.to(self.model.embedding.weight.dtype)
 
+    def features(self, images):
+        return (self.compiled_pool or self.pool)(images)
+
     def forward(self, images):
         """(head [B, 2d], head_specific [B, 2d]) with disent, head [B, d] without."""
-        head = self.model.embedding(self.pool(images))
+        head = self.model.embedding(self.features(images))
         if not self.disent:
             return l2_normalize(head) if self.l2_norm else head
         specific = self.model.embedding_specific(head)  # reads the un-normalised head
@@ -95,14 +96,13 @@ class EmbeddingNet(nn.Module):
 
     def embed(self, images):
         """The retrieval embedding: mu [B, d], L2-normalised."""
-        mu = self.model.embedding(self.pool(images))[:, : self.embedding_size]
+        mu = self.model.embedding(self.features(images))[:, : self.embedding_size]
         return l2_normalize(mu)
 
 
 def compile_backbone(model, mode=True):
-    """Put backbone and pooling, which take the time, through torch.compile, to train and to embed,
-    in one of its modes or, with True, the usual one. The function is compiled, the module stays:
-    its weights keep their names."""
+    """Compile backbone and pooling, which take the time, to train and to embed; `mode` is one of
+    torch.compile's, or True for its usual one. The module stays: weights keep their names."""
     pool = torch.compile(model.pool, dynamic=False, mode=None if mode is True else mode)
 
     def compiled(images):
@@ -112,7 +112,7 @@ def compile_backbone(model, mode=True):
             reason = str(error).split("\n\n")[0]
             raise UserError(f"--compile: torch cannot compile {model.name}: {reason}") from error
 
-    model.pool = compiled
+    model.compiled_pool = compiled
 
 
 CHOICES = f"{', '.join(BACKBONES)} or {TIMM}NAME"
@@ -144,24 +144,25 @@ def network_of(checkpoint, path):
     if not isinstance(state, dict) or not isinstance(stored, dict):
         raise UserError(f"{path}: not a checkpoint: it has no model_state_dict, or odd flags")
     disent = "model.embedding_specific.weight" in state
-    flags = {"model": "bn_inception", "l2_norm": True, "precision": "fp32"}
     shape = getattr(state.get("model.embedding.weight"), "shape", ())
-    if len(shape) == 2:
-        flags["embedding_size"] = shape[0] // 2 if disent else shape[0]
-    flags |= stored | {"disent": disent}
-    kinds = {"model": str, "embedding_size": int, "l2_norm": bool, "precision": str}
-    for name, kind in kinds.items():
-        if not isinstance(flags.get(name), kind):
-            raise UserError(f"{path}: not a checkpoint: it does not tell the network's {name}")
-    return state, flags
+    if len(shape) != 2:
+        raise UserError(f"{path}: not a checkpoint: it has no model.embedding.weight")
+    flags = {"model": "bn_inception", "l2_norm": True, "precision": "fp32",
+             "embedding_size": shape[0] // 2 if disent else shape[0]}  # fmt: skip
+    return state, flags | stored | {"disent": disent}
+
+
+def network_from(checkpoint, path, **flags):
+    """The network of a checkpoint that was read from `path`, to embed with (eval mode); `flags`
+    replace those that it was trained with."""
+    state, stored = network_of(checkpoint, path)
+    names = ("embedding_size", "disent", "l2_norm", "precision")
+    chosen = stored | {name: value for name, value in flags.items() if value is not None}
+    model = create_model(chosen["model"], **{name: chosen[name] for name in names})
+    load_strictly(model, state, path)
+    return model.eval()
 
 
 def load_model(path, precision=None):
-    """The network of a checkpoint, one of ours or a published one, to embed with (eval mode), in
-    the precision that it was trained with, or another one."""
-    state, flags = network_of(read_checkpoint(path), path)
-    names = ("model", "embedding_size", "disent", "l2_norm")
-    precision = precision or flags["precision"]
-    model = create_model(*(flags.get(name) for name in names), precision=precision)
-    load_strictly(model, state, path)
-    return model.eval()
+    """The network in a checkpoint's file, ours or a published one: see `network_from`."""
+    return network_from(read_checkpoint(path), path, precision=precision)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from losses import at_least_float32
 from net.bn_inception import BNInception
 from net.weights import download
 from storage import read_checkpoint
@@ -24,10 +25,6 @@ class Backbone(NamedTuple):
     std: tuple = (58.395, 57.12, 57.375)
     interpolation: str = "bilinear"
     unused: tuple = ()  # prefixes of what its ImageNet file holds and it has not
-
-
-def at_least_float32(x):
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def average_and_maximum(maps):

@@ -2,14 +2,21 @@
 
 import torch
 
+from utils import UserError
+
 
 def embed(model, batches):
-    """embeddings [N, d], L2-normalised, and labels [N], of all batches (pixels, labels, index), in
-    their order. Leaves `model` in eval mode."""
+    """embeddings [N, d], L2-normalised, and labels [N] of all batches (pixels, labels, ...), in
+    their order. Leaves `model` in eval mode. UserError where an embedding is not finite."""
     model.eval()
-    embeddings, labels = [], []
+    device = model.mean.device
+    embeddings = [torch.empty(0, model.embedding_size, device=device)]
+    labels = [torch.empty(0, dtype=torch.long, device=device)]
     with torch.inference_mode():
-        for pixels, targets, _ in batches:
+        for pixels, targets, *_ in batches:
             embeddings.append(model.embed(model.prepare(pixels)))
             labels.append(targets)
-    return torch.cat(embeddings), torch.cat(labels)
+    embeddings = torch.cat(embeddings)
+    if not embeddings.isfinite().all():
+        raise UserError("the network's embeddings are not all finite: its weights are of no use")
+    return embeddings, torch.cat(labels)

@@ -3,17 +3,46 @@
 import math
 
 import torch
+from torch.nn import functional as F
 
-from distributed import all_reduced, turns
+from distributed import all_reduce, round_robin
 from retrieval.exact import exact_products
 from utils import plural, progress, warn
 
 
 def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_size=None):
-    """{k: fraction of the queries with an image of their class among their k nearest}; arguments,
-    ties and queries without a match as in hits_at_k."""
-    hits = hits_at_k(embeddings, labels, ks, gallery, gallery_labels, chunk_size)
+    """{k: fraction of the queries with an image of their class among their k nearest}.
+
+    embeddings [N, d], of any length, and labels [N] are tensors or arrays, and so is the gallery
+    [M, d], [M]: by default the queries themselves. Nearest is by cosine; ties and queries without a
+    match as in hits_at_k. ValueError for what does not fit, is empty or not finite.
+    """
+    sides = [as_side(embeddings, labels)]
+    if gallery is not None or gallery_labels is not None:
+        sides.append(as_side(gallery, gallery_labels))
+    widths = [x.shape[1] for x, _ in sides]
+    if len(set(widths)) > 1:
+        raise ValueError(f"embeddings of {widths[0]} and a gallery of {widths[1]} dimensions")
+    (x, y), *others = sides
+    hits = hits_at_k(x, y, ks, *(others[0] if others else ()), chunk_size=chunk_size)
     return {k: hit.sum().item() / len(hit) for k, hit in hits.items()}
+
+
+def as_side(embeddings, labels):
+    """(embeddings as a tensor, L2-normalised, labels); ValueError for what these cannot be."""
+    x, y = (None if part is None else torch.as_tensor(part) for part in (embeddings, labels))
+    if x is None or y is None or x.ndim != 2 or y.shape != x.shape[:1] or not x.numel():
+        shapes = [None if part is None else tuple(part.shape) for part in (x, y)]
+        raise ValueError(f"embeddings {shapes[0]} and labels {shapes[1]} do not fit, or are empty")
+    x = x if x.is_floating_point() else x.double()
+    if y.is_floating_point():
+        raise ValueError(f"labels of type {y.dtype} are no class numbers")
+    if not x.isfinite().all():
+        raise ValueError("the embeddings are not all finite")
+    lengths = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    if (lengths - 1).abs().max() > 16 * torch.finfo(x.dtype).eps:
+        x = F.normalize(x.double(), dim=1)  # a zero row stays zero
+    return x, y.to(x.device)
 
 
 @torch.no_grad()
@@ -31,9 +60,8 @@ def hits_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_s
     """
     itself = gallery is None
     size = chunk_size or (8192 if embeddings.is_cuda else 1024)
-    _check(embeddings, labels, gallery, gallery_labels)
-    if min(ks) < 1:
-        raise ValueError(f"K is {min(ks)}, must be at least 1")
+    if not ks or min(ks) < 1:
+        raise ValueError(f"K of {ks}: must be at least 1")
     query, order = _sorted_by_label(embeddings, labels)
     gallery = query if itself else _sorted_by_label(gallery, gallery_labels)[0]
     longest = [
@@ -66,13 +94,12 @@ def precision_at_r(embeddings, labels, gallery=None, gallery_labels=None, memory
     chunks of queries whose similarities take `memory` bytes, at which processes take turns.
     """
     itself = gallery is None
-    _check(embeddings, labels, gallery, gallery_labels)
     if itself:
         gallery, gallery_labels = embeddings, labels
     y = gallery.double()
     longest = torch.linalg.vector_norm(y, dim=1).max()
     found = torch.zeros(2, len(labels), dtype=torch.float64, device=y.device)
-    chunks = turns(torch.arange(len(labels)).split(max(1, memory // (8 * len(y)))))
+    chunks = round_robin(torch.arange(len(labels)).split(max(1, memory // (8 * len(y)))))
     for rows in progress(chunks, len(chunks), "MAP@R"):
         x = embeddings[rows].double()
         similarity, match = x @ y.T, labels[rows, None] == gallery_labels
@@ -90,25 +117,8 @@ def precision_at_r(embeddings, labels, gallery=None, gallery_labels=None, memory
         within = (number + ahead <= R) & matches.isfinite()
         precision = number / (number + ahead)
         found[:, rows] = torch.stack([precision * within, within]).div(R).sum(dim=2)
-    means = all_reduced(found).mean(dim=1).tolist()
+    means = all_reduce(found).mean(dim=1).tolist()
     return dict(zip(("MAP@R", "R-Precision"), means))
-
-
-def _check(embeddings, labels, gallery, gallery_labels):
-    """ValueError for what does not fit, or is not finite."""
-    sides = [(embeddings, labels)]
-    if gallery is not None or gallery_labels is not None:
-        sides.append((gallery, gallery_labels))
-    for x, y in sides:
-        if x is None or y is None or x.ndim != 2 or y.shape != x.shape[:1]:
-            shapes = [None if part is None else tuple(part.shape) for part in (x, y)]
-            raise ValueError(f"embeddings {shapes[0]} and labels {shapes[1]} do not fit")
-        if x.shape[1] != embeddings.shape[1]:
-            raise ValueError(
-                f"embeddings of {embeddings.shape[1]} and a gallery of {x.shape[1]} dimensions"
-            )
-        if not x.isfinite().all():
-            raise ValueError("the embeddings are not all finite")
 
 
 def _sorted_by_label(x, labels):
@@ -137,14 +147,14 @@ def _best_match(query, gallery, itself, tiles, size):
     (x, labels), (y, gallery_labels) = query, gallery
     best = torch.full((len(x),), -math.inf, device=x.device)
     pairs = [(rows, columns) for rows, low, high in tiles for columns in _slices(low, high, size)]
-    for rows, columns in turns(pairs):
+    for rows, columns in round_robin(pairs):
         similarity = x[rows].float() @ y[columns].float().T
         match = labels[rows, None] == gallery_labels[columns]
         if itself:  # differs: the query is excluded by index, not by dropping the first hit
             match.diagonal(rows.start - columns.start).fill_(False)
         found = similarity.masked_fill_(~match, -math.inf).amax(dim=1)
         best[rows] = torch.maximum(best[rows], found)
-    return all_reduced(best, "max")
+    return all_reduce(best, "max")
 
 
 def _count_ahead(query, gallery, itself, best, slack, tiles, size):
@@ -156,7 +166,7 @@ def _count_ahead(query, gallery, itself, best, slack, tiles, size):
     bounds = (best.double() + slack).float(), (best.double() - slack).float()
     counts = torch.zeros(2, len(x), device=x.device, dtype=torch.float64)
     flags = torch.empty(min(size, len(x)) * min(size, len(y)), device=x.device)
-    pairs = turns([
+    pairs = round_robin([
         (rows, columns, low < columns.stop and columns.start < high)
         for rows, low, high in tiles
         for columns in _slices(rows.start if itself else 0, len(y), size)
@@ -172,7 +182,7 @@ def _count_ahead(query, gallery, itself, best, slack, tiles, size):
             count[rows] += torch.ge(similarity, bound[rows, None], out=ahead).sum(dim=1)
             if itself and columns.start > rows.start:
                 count[columns] += torch.ge(similarity, bound[columns], out=ahead).sum(dim=0)
-    return all_reduced(counts).long()
+    return all_reduce(counts).long()
 
 
 def _count_exactly(query, gallery, itself, rows, slack):

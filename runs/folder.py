@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from runs.checkpoint import network_alone, on_host
-from runs.results import best_of, scores_of, summary
+from runs.results import best_of, main_metric, summary
 from storage import read_checkpoint, temporary_of, write_atomically, write_checkpoint, write_json
 from utils import UserError, warn
 
@@ -35,7 +35,7 @@ class RunFolder:
         self.files = [self.args, self.metrics, self.results, self.curves, self.page, self.best,
                       self.last, self.previous]  # fmt: skip
         self.file_lock = FileLock(self.folder / ".lock", timeout=LOCK_SECONDS)
-        self.writing = None
+        self.complete, self.writing = False, None
 
     def __enter__(self):
         return self
@@ -81,9 +81,8 @@ class RunFolder:
             raise UserError(f"{self.args}: damaged; delete it, --resume writes a new one") from None
 
     def start(self, description, history):
-        """Write args.json and the results so far. A new run (history None) first puts the files of
-        another aside, to be removed when it has saved something itself. A run that saved nothing
-        is not put in the place of what it put aside."""
+        """Write args.json and the results so far. A new run (history None) first renames the old
+        files to *.replaced: if it dies before its first save, they stay."""
         if history is None and self.in_use():
             for file in filter(Path.exists, self.files):
                 put_aside(file, REPLACED)
@@ -100,7 +99,7 @@ class RunFolder:
 
     def save(self, checkpoint):
         """Write a checkpoint in a thread, after the save before it. UserError where that one could
-        not be written; where this one cannot be, the next `save`, `wait` or `look` raises it."""
+        not be written; where this one cannot be, the next `save`, `wait` or `check` raises it."""
         self.wait()
         self.writing = ThreadPoolExecutor(1).submit(self.write, checkpoint)
 
@@ -112,7 +111,7 @@ class RunFolder:
         finally:
             self.writing = None  # and with it the frames of its error
 
-    def look(self):
+    def check(self):
         """Raise what has gone wrong with a save so far."""
         if self.writing and self.writing.done():
             self.wait()
@@ -124,7 +123,8 @@ class RunFolder:
         checkpoint |= on_host(checkpoint)  # in place: the thread would keep the device's copy
         history = checkpoint["history"]
         if not checkpoint["partial"]:
-            if scores_of(history[-1]) and best_of(history) is history[-1]:
+            metric = main_metric(history[-1])
+            if metric and best_of(history, metric) is history[-1]:
                 write_checkpoint(self.best, network_alone(checkpoint))
             self.write_results(history)
         write_checkpoint(self.last, checkpoint, keep=self.previous)
@@ -158,6 +158,29 @@ class RunFolder:
             )
 
 
+class NoFolder:
+    """What the ranks above 0 have in the place of the RunFolder: nothing is written."""
+
+    folder = None
+
+    def __init__(self, complete):
+        self.complete = complete
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def wait(self):
+        pass
+
+    check = wait
+
+    def save(self, checkpoint):
+        pass
+
+
 def put_aside(file, suffix):
     try:
         os.replace(file, f"{file}{suffix}")
@@ -165,14 +188,15 @@ def put_aside(file, suffix):
         raise UserError(f"{file}: cannot be renamed to {file}{suffix} ({error.strerror})") from None
 
 
-def checkpoint_in(path, kinds):
+def checkpoint_in(path, kinds=("best", "last", "previous")):
     """The path itself; of a run folder, that of its first checkpoint of these kinds; of a folder of
-    run folders, the newest one's."""
+    run folders, that of the run that was written last."""
     if not os.path.isdir(path):
         return path
-    for pattern in (f"{below}*_{kind}.pth" for below in ("", "*/") for kind in kinds):
-        found = filter(Path.is_file, Path(path).glob(pattern))
-        newest = max(found, key=lambda file: file.stat().st_mtime, default=None)
-        if newest:
-            return str(newest)
+    for below in ("", "*/"):
+        found = [file for kind in kinds for file in Path(path).glob(f"{below}*_{kind}.pth")
+                 if file.is_file()]  # fmt: skip
+        if found:
+            newest = max(found, key=lambda file: file.stat().st_mtime).parent
+            return str(next(file for file in found if file.parent == newest))
     raise UserError(f"{path}: a folder without a run's checkpoints")

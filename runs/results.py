@@ -14,9 +14,11 @@ class Epoch:
     """How far an epoch has come. Losses stay on the device until `fetch` waits for it; `seconds`
     are those spent waiting for data, and in steps."""
 
-    def __init__(self, number, step=0, totals=None, seconds=None):
-        self.number, self.step, self.totals = number, step, totals or {}
+    def __init__(self, number, files, step=0, totals=None, seconds=None):
+        """`files(number, step)` are the files of a batch."""
+        self.number, self.files, self.step, self.totals = number, files, step, totals or {}
         self.seconds = seconds or {"data": 0.0, "step": 0.0}
+        self.saved = step  # steps in the last checkpoint
         self.pending, self.clock = [], time.perf_counter()
         self.fetched = self.clock
 
@@ -26,27 +28,30 @@ class Epoch:
         self.pending.append(torch.stack(list(values.values())))
         self.step += 1
 
-    def tick(self, what):
-        """Book the time since the last tick."""
+    def tick(self, what=None):
+        """Book the time since the last tick as spent on `what`."""
         now = time.perf_counter()
-        self.seconds[what] += now - self.clock
+        if what:
+            self.seconds[what] = self.seconds.get(what, 0.0) + now - self.clock
         self.clock = now
 
-    def fetch(self, files):
-        """Add up what is pending; UserError where a value is not finite. Nothing is saved before
-        this was called, so what such a step did to the weights never is; `files(epoch, step)` are
-        those of a batch."""
+    def fetch(self):
+        """Add up what is pending. Every save is after a fetch: of a step that is not finite nothing
+        is saved."""
         rows, self.pending, self.fetched = self.pending, [], time.perf_counter()
         first, rows = self.step - len(rows), torch.stack(rows).double().tolist() if rows else []
         for step, row in enumerate(rows, first):
             for name, value in zip(self.names, row):
-                if not math.isfinite(value):
-                    raise UserError(
-                        f"epoch {self.number}, step {step}: the {name} is not finite; nothing of "
-                        "it was saved, and the last checkpoint is good. A smaller --lr may help. "
-                        f"Files of the batch: {', '.join(files(self.number, step))}"
-                    )
+                self.require_finite(step, name, value)
                 self.totals[name] = self.totals.get(name, 0.0) + value
+
+    def require_finite(self, step, name, value):
+        if not math.isfinite(value):
+            raise UserError(
+                f"epoch {self.number}, step {step}: the {name} is not finite; nothing of it was "
+                "saved, and an earlier checkpoint is good. A smaller --lr may help. Files of the "
+                f"batch: {', '.join(self.files(self.number, step))}"
+            )
 
     def note(self):
         """The loss of the steps that were fetched."""
@@ -54,30 +59,36 @@ class Epoch:
         return f"loss {self.totals['loss'] / done:.4f}" if done else ""
 
     def so_far(self):
-        """What a checkpoint in mid-epoch holds of it."""
-        return {"step": self.step, "totals": self.totals, "seconds": self.seconds}
+        """What a checkpoint in mid-epoch holds of it; None before its first step."""
+        progress = {"step": self.step, "totals": self.totals, "seconds": self.seconds}
+        return progress if self.step else None
 
 
-def result_of(training, epoch, steps, scores, seconds_eval):
-    """An epoch's line of metrics.jsonl."""
-    trained = sum(epoch.seconds.values())
+def result_of(training, steps, retrieved):
+    """An epoch's line of metrics.jsonl; `retrieved`: of retrieval.evaluate, None without a test."""
+    epoch, seconds = training.epoch, training.epoch.seconds
+    images = epoch.step * training.args.batch_size
     return {
         "epoch": epoch.number,
         **{name: epoch.totals[name] / steps if name in epoch.totals else None
            for name in ("loss", *TERMS)},
         "lr": training.scheduler.get_last_lr()[0],
-        "seconds": trained + seconds_eval,
-        **{f"seconds_{what}": seconds for what, seconds in epoch.seconds.items()},
-        "seconds_eval": seconds_eval,
-        "images_per_second": epoch.step * training.args.batch_size / max(trained, 1e-9),
-        **{metric: 100 * fraction for metric, fraction in scores.items()},
+        "seconds": sum(seconds.values()),
+        **{f"seconds_{what}": spent for what, spent in seconds.items()},
+        "images_per_second": images / max(seconds["data"] + seconds["step"], 1e-9),
+        **{name: 100 * fraction
+           for name, fraction in (retrieved.scores if retrieved else {}).items()},
     }  # fmt: skip
 
 
-def best_of(history):
-    """The first epoch with the greatest R@1, or R@K of the least K; without a test, the last."""
-    k = next(iter(scores_of(history[-1])), "epoch")
-    return max(history, key=lambda result: result[k])
+def main_metric(result):
+    """Recall@K of the least K, R@1 if there is one; None without a test."""
+    return next(iter(scores_of(result)), None)
+
+
+def best_of(history, metric):
+    """The first epoch with the greatest `metric`; without one, the last."""
+    return max(history, key=lambda result: result[metric or "epoch"])
 
 
 def scores_of(result):
@@ -87,12 +98,11 @@ def scores_of(result):
 
 def summary(history):
     """The published script's result file, with the last epoch beside the best."""
-    if not scores_of(history[-1]):
-        return (
-            f"Last Epoch: {history[-1]['epoch']}\nTrained on all classes: none is left to test.\n"
-        )
+    last, metric = history[-1], main_metric(history[-1])
+    if not metric:
+        return f"Last Epoch: {last['epoch']}\nTrained on all classes: none is left to test.\n"
     lines = []
-    for title, result in (("Best", best_of(history)), ("Last", history[-1])):
+    for title, result in (("Best", best_of(history, metric)), ("Last", last)):
         lines.append(f"{title} Epoch: {result['epoch']}")
         for key, value in scores_of(result).items():
             lines.append(f"{title} {key.replace('R@', 'Recall@')}: {value:.4f}")

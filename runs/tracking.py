@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import dataset
-from runs.results import best_of, scores_of
+from runs.results import best_of, main_metric, scores_of
 from utils import Interrupted, UserError, warn
 
 WANDB_MODES = {"online": "online", "offline": "offline", "disabled": "disabled",
@@ -106,8 +106,11 @@ def start_wandb(args, mode, folder, run_id, config):
 
 
 def log_epoch(run, history, **more):
-    """The newest of the results, recalls as the published script's fractions, and the best."""
-    result, best = history[-1], best_of(history)
+    """The newest of the results, recalls as the published script's fractions, and the best. Nothing
+    where `run` is None."""
+    if run is None:
+        return
+    result, best = history[-1], best_of(history, main_metric(history[-1]))
     in_percent = scores_of(result)
     numbers = {name: value for name, value in result.items() if value is not None}
     run.log(numbers | {name: in_percent[name] / 100 for name in in_percent} | more,

@@ -1,6 +1,7 @@
 """Steps and recalls of however many processes torchrun starts: python -m tests.processes OUT"""
 
 import contextlib
+import os
 import sys
 from types import SimpleNamespace
 
@@ -10,7 +11,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import recipe
-from distributed import join, part, rank, world
+import train
+import utils
+from distributed import init_processes, rank, rows_of_this_rank, world_size
 from net.backbones import BACKBONES, Backbone
 from retrieval.metrics import hits_at_k
 from runs.checkpoint import capture
@@ -36,7 +39,7 @@ def trained(bn_freeze, disent=True, shard_proxies=False):
         optimizer="adamw", lr_decay_step=10, lr_decay_gamma=0.5, bn_freeze=bn_freeze,
         shard_proxies=shard_proxies, precision="fp32",
     )  # fmt: skip
-    training = recipe.Training(args, CLASSES, torch.device("cpu"), None)
+    training = recipe.build_training(args, CLASSES, torch.device("cpu"), None)
     model, criterion = training.model.double(), training.criterion.double()
     found, largest, shapes = {}, [], set()
 
@@ -50,15 +53,16 @@ def trained(bn_freeze, disent=True, shard_proxies=False):
         noise = torch.randn(2, BATCH, 6).double()
         with Operations(look) if shard_proxies else contextlib.nullcontext():
             values = recipe.train_step(
-                model, criterion, training.optimizer, part(images), part(labels), noise, BATCH
+                model, criterion, training.optimizer, rows_of_this_rank(images),
+                rows_of_this_rank(labels), noise, BATCH,
             )
         largest.append(values.pop("gradient"))
         found |= {f"{name} {step}": value for name, value in values.items()}
     assert max(largest) > recipe.CLIP_VALUE
     if shard_proxies:
         (proxies,) = criterion.parameters()
-        assert len(proxies) <= -(-CLASSES // world()) and (BATCH, len(proxies)) in shapes
-        assert world() == 1 or not any(CLASSES in shape for shape in shapes)
+        assert len(proxies) <= -(-CLASSES // world_size()) and (BATCH, len(proxies)) in shapes
+        assert world_size() == 1 or not any(CLASSES in shape for shape in shapes)
     checkpoint = capture(training)
     found |= checkpoint["model_state_dict"] | checkpoint["criterion_state_dict"]
     for number, state in checkpoint["optimizer_state_dict"]["state"].items():
@@ -89,8 +93,18 @@ def everything():
     }
 
 
-if __name__ == "__main__":
-    join(0)
+def train_where_rank_1_has_no_data(flags):
+    if os.environ["RANK"] == "1":
+        os.mkdir("elsewhere")
+        os.chdir("elsewhere")
+    sys.argv = ["train.py", *flags]
+    utils.run(train.main)
+
+
+if __name__ == "__main__" and sys.argv[1] == "lacking":
+    train_where_rank_1_has_no_data(sys.argv[2:])
+elif __name__ == "__main__":
+    init_processes(0)
     found = everything()
     if rank() == 0:
         torch.save(found, sys.argv[1])

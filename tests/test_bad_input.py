@@ -57,8 +57,8 @@ FLAGS = [
     (f"--LOG_DIR {'x' * 300}",       "File name too long"),
     ("--LOG_DIR junk",               "junk/logs_cub"),
     ("--resume",                     "--resume: there is no run in"),
-    ("--resume nowhere.pth",         "nowhere.pth: no such checkpoint"),
-    ("--resume junk",                "junk: not a checkpoint"),
+    ("--resume nowhere.pth",         "there is no run in nowhere.pth"),
+    ("--resume junk",                "junk: not a run's checkpoint"),
     ("--resume --overwrite",         "--overwrite: not allowed with argument --resume"),
     # losses
     ("--loss Magnet",                "--loss: invalid choice: 'Magnet'"),

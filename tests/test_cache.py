@@ -11,7 +11,7 @@ from dataset.files import read_image
 from dataset.images import ImageSet
 from loading import cache
 from loading.cache import cache_in_memory
-from loading.loader import batches, test_loader, train_loader
+from loading.loader import Loading, batches, test_loader, train_loader
 from tests.conftest import equal, write_image
 from utils import UserError
 
@@ -29,17 +29,17 @@ def mixed(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_cached_batches_are_those_of_the_files_bit_for_bit(mixed, workers):
-    def loaded():
-        train = train_loader(mixed, 32, 2, seed=1, workers=workers, device=CPU)
-        return [batch for loader in (train, test_loader(mixed, 32, 4, workers, CPU))
-                for batch in batches(loader, CPU)]  # fmt: skip
+    def loaded(read):
+        loading = Loading(32, workers, CPU, read=read)
+        loaders = train_loader(mixed, 2, 1, loading), test_loader(mixed, 4, loading)
+        return [batch for loader in loaders for batch in batches(loader, CPU)]
 
-    expected = loaded()
-    mixed.read = cache_in_memory(mixed.paths, workers)
+    expected = loaded(read_image)
+    read = cache_in_memory(mixed.paths, workers)
     for path in mixed.paths:
-        assert mixed.read(path).tobytes() == read_image(path).tobytes()
+        assert read(path).tobytes() == read_image(path).tobytes()
         Path(path).unlink()  # from here on, there is the cache alone
-    assert equal(expected, loaded()) and len(expected) == 5
+    assert equal(expected, loaded(read)) and len(expected) == 5
 
 
 def test_a_cache_reaches_processes_that_inherit_nothing(mixed):

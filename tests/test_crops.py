@@ -15,7 +15,7 @@ from loading import cache, crops
 from loading.augment import crop_and_flip, draw, random_numbers
 from loading.cache import keep_on_device, start_of_each
 from loading.crops import resized_crops
-from loading.loader import batches, test_loader, train_loader
+from loading.loader import Loading, batches, test_loader, train_loader
 from tests.conftest import TINY, equal, fails, make_cub, run_folder, write_image
 
 CPU = torch.device("cpu")
@@ -82,15 +82,15 @@ def mixed(tmp_path):
     return ImageSet([(str(path), path.parent.name) for path in sorted(tmp_path.rglob("*.jpg"))])
 
 
-LOADING = {"workers": 0, "device": CPU, "interpolation": "bicubic"}
+LOADING = Loading(32, 0, CPU, "bicubic")
 
 
 def loaders(images):
-    return (train_loader(images, 32, 4, seed=1, **LOADING), test_loader(images, 32, 5, **LOADING))
+    return train_loader(images, 4, 1, LOADING), test_loader(images, 5, LOADING)
 
 
 def kept(images, workers=0):
-    return keep_on_device(images, *loaders(images), 32, **LOADING | {"workers": workers})
+    return keep_on_device(images, *loaders(images), LOADING._replace(workers=workers))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -120,7 +120,7 @@ def test_a_batch_is_made_in_pieces_that_bound_its_memory(mixed, monkeypatch):
 def test_each_process_makes_the_crops_of_its_rows(mixed, monkeypatch):
     ours = kept(mixed)[0]
     whole = list(ours)
-    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     shares = []
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)

@@ -15,7 +15,7 @@ import dataset
 from dataset import demo
 from dataset.files import read_image
 from loading.augment import crop_and_flip, draw, random_numbers, resize_and_crop, to_pixels
-from loading.loader import batches, test_loader, train_loader
+from loading.loader import Loading, batches, test_loader, train_loader
 from loading.sampler import EpochBatches
 from tests.conftest import (
     PER_CLASS,
@@ -282,8 +282,11 @@ def test_what_is_drawn_is_a_function_of_seed_epoch_and_place():
 # --- batches -----------------------------------------------------------------------------------
 
 
+ALONE = Loading(32, 0, CPU)
+
+
 def epoch_batches(images, epoch, workers=0, **kwargs):
-    loader = train_loader(images, 32, 8, seed=1, workers=workers, device=CPU, **kwargs)
+    loader = train_loader(images, 8, 1, Loading(32, workers, CPU), **kwargs)
     loader.batch_sampler.set_epoch(epoch)
     return list(batches(loader, CPU))
 
@@ -304,7 +307,7 @@ def test_a_batch_is_pixels_labels_and_the_index_of_each_image(cub):
 
 
 def test_every_image_is_tested_once_in_order(cub):
-    tested = list(batches(test_loader(cub, 32, 8, 0, CPU), CPU))
+    tested = list(batches(test_loader(cub, 8, ALONE), CPU))
     assert [len(labels) for _, labels, _ in tested] == [8, 8, 4]
     pixels, labels, index = (torch.cat(part) for part in zip(*tested))
     assert index.tolist() == list(range(20)) and torch.equal(labels, cub.labels)
@@ -313,9 +316,9 @@ def test_every_image_is_tested_once_in_order(cub):
 
 def test_batches_are_resized_by_the_interpolation_asked_for(cub):
     def images(interpolation):
-        kwargs = {"device": CPU, "workers": 0, "interpolation": interpolation}
-        yield next(batches(train_loader(cub, 32, 8, seed=1, **kwargs), CPU))[0]
-        yield next(batches(test_loader(cub, 32, 8, **kwargs), CPU))[0]
+        loading = Loading(32, 0, CPU, interpolation)
+        yield next(batches(train_loader(cub, 8, 1, loading), CPU))[0]
+        yield next(batches(test_loader(cub, 8, loading), CPU))[0]
 
     for bilinear, bicubic in zip(images("bilinear"), images("bicubic")):
         assert not torch.equal(bilinear, bicubic)
@@ -331,7 +334,7 @@ def test_batches_are_the_same_for_any_number_of_workers(cub, images_per_class):
 
 
 def test_batches_after_earlier_epochs_are_those_of_a_fresh_loader(cub):
-    loader = train_loader(cub, 32, 8, seed=1, workers=2, device=CPU)
+    loader = train_loader(cub, 8, 1, Loading(32, 2, CPU))
     for epoch in range(2):
         loader.batch_sampler.set_epoch(epoch)
         seen = list(batches(loader, CPU))
@@ -362,7 +365,7 @@ def test_order_changes_with_the_epoch_and_with_the_seed(cub, images_per_class):
 
 
 def test_the_rest_of_an_epoch_is_what_the_whole_one_ends_in(cub):
-    loader = train_loader(cub, 32, 4, seed=1, workers=0, device=CPU, images_per_class=2)
+    loader = train_loader(cub, 4, 1, ALONE, images_per_class=2)
     loader.batch_sampler.set_epoch(3)
     whole = list(batches(loader, CPU))
     loader.batch_sampler.set_epoch(3, first_step=2)
@@ -390,7 +393,7 @@ def test_balanced_batches_draw_with_replacement_from_small_classes(tmp_path):
 def test_a_workers_unreadable_image_reaches_the_user_as_a_user_error(cub, workers):
     Path(cub.paths[3]).write_bytes(b"torn")
     with pytest.raises(UserError, match=cub.paths[3]):
-        list(batches(test_loader(cub, 32, 8, workers, CPU), CPU))
+        list(batches(test_loader(cub, 8, Loading(32, workers, CPU)), CPU))
 
 
 # --- the demo data set -------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import evaluate
-import recipe
+import sharded
 import train
 import utils
 from distributed import SharedBatchNorm
@@ -132,31 +132,34 @@ def test_batch_norm_over_processes_is_batch_norm_and_gives_maps_of_the_same_type
     torch.testing.assert_close(ours.running_var, theirs.running_var)
 
 
-def test_an_error_that_every_process_meets_is_left_to_the_first_one_to_say(monkeypatch, capsys):
-    """torchrun ends all at the first that ends, perhaps before the first process has come to it."""
+def test_every_process_says_its_error_with_its_rank(here):
+    make_cub(here / "data")
+    job = torchrun(2, "tests.toy train.py " + TINY.replace("--batch-size 8", "--batch-size 99"))
+    assert job.wait(60) != 0
+    said = Path("log").read_text()
+    assert any(f"(rank {rank}): error: --batch-size 99: larger than" in said for rank in (0, 1))
 
-    def main():
-        raise utils.UserError("no such flag")
 
-    slept = []
-    monkeypatch.setattr(utils, "first", False)
-    monkeypatch.setattr(time, "sleep", slept.append)
-    with pytest.raises(SystemExit) as end:
-        utils.run_alone(main, "train.py")
-    assert end.value.code == 2 and sum(slept) > 10 and not capsys.readouterr().err
+def test_an_error_of_a_later_process_alone_is_said_at_once(here):
+    """Data that the second machine lacks, say."""
+    make_cub(here / "data")
+    start = time.monotonic()
+    job = torchrun(2, f"tests.processes lacking {TINY}")
+    assert job.wait(60) != 0 and time.monotonic() - start < 30
+    assert "train.py (rank 1): error: no cub data set under" in Path("log").read_text()
 
 
 def test_what_cannot_be_shared_is_refused_in_one_line(here, capsys, monkeypatch):
     make_cub(here / "data")
-    monkeypatch.setattr(train, "world", lambda: 9)
+    monkeypatch.setattr(train, "world_size", lambda: 9)
     assert "--batch-size 8: fewer than the 9 processes" in fails(TINY, capsys)
-    monkeypatch.setattr(train, "world", lambda: 1)
+    monkeypatch.setattr(train, "world_size", lambda: 1)
     with monkeypatch.context() as patch:
-        patch.setattr(loader, "world", lambda: 21)
+        patch.setattr(loader, "world_size", lambda: 21)
         assert "20 test images: fewer than the 21 processes" in fails(TINY, capsys)
     line = fails(TINY + "--shard-proxies --loss CosFace", capsys)
     assert "--shard-proxies: --loss CosFace" in line and "--loss Proxy_Anchor" in line
-    monkeypatch.setattr(recipe, "world", lambda: 3)
+    monkeypatch.setattr(sharded, "world_size", lambda: 3)
     assert "2 classes are fewer than the 3 processes" in fails(TINY + "--shard-proxies", capsys)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(utils.UserError, match="torchrun --nproc-per-node 4 train.py"):

@@ -89,8 +89,8 @@ def test_a_collapsed_embedding_scores_near_zero(chunk_size):
 
 def test_similarities_closer_than_float32_can_tell_are_still_ordered():
     query = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    angles = torch.tensor([1e-9, 2e-9, 1.0], dtype=torch.float64)
-    gallery = torch.stack([angles.sin().neg() + 1, angles], dim=1)
+    angles = torch.tensor([1e-5, 2e-5, 1.0], dtype=torch.float64)
+    gallery = torch.stack([angles.cos(), angles.sin()], dim=1)
     labels = torch.tensor([1, 0, 0])
     result = recall_at_k(query[None], torch.tensor([0]), (1, 2), gallery, labels)
     assert result == {1: 0.0, 2: 1.0}
@@ -103,7 +103,8 @@ def test_an_almost_collapsed_embedding_of_any_length_is_counted_exactly(scale):
     """Differences far below what a float32 product of 4,096 terms resolves."""
     noise, labels = random_set(60, d=4096)
     x = scale * F.normalize(1 + 1e-4 * noise)
-    assert recall_at_k(x, labels, KS) == brute_force(x, labels, KS)
+    unit = x if scale == 1 else F.normalize(x.double())
+    assert recall_at_k(x, labels, KS) == brute_force(unit, labels, KS)
 
 
 def test_chance_is_the_recall_of_a_random_order():
@@ -256,6 +257,24 @@ def test_embeddings_labels_and_gallery_that_do_not_fit_are_named():
         with pytest.raises(ValueError, match=both):
             recall_at_k(*arguments)
     assert recall_at_k(x, labels.int(), (1,)) == {1: 1.0}
+    for arguments, reason in [
+        ((x[:0], labels[:0], KS), "are empty"),
+        ((x, labels / 2, KS), "no class numbers"),
+        ((x, labels, ()), "at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            recall_at_k(*arguments)
+
+
+def test_recall_is_by_cosine_whatever_the_lengths_and_takes_arrays():
+    x, labels = random_set()
+    longer = x * torch.linspace(0.1, 30, len(x))[:, None]
+    expected = brute_force(F.normalize(longer.double()), labels, KS)
+    assert brute_force(longer, labels, KS) != expected
+    assert recall_at_k(longer, labels, KS) == expected
+    assert recall_at_k(longer.numpy(), labels.numpy(), KS) == expected
+    queries = longer[:30], labels[:30], KS, x[30:], labels[30:]
+    assert recall_at_k(*queries) == recall_at_k(x[:30], *queries[1:])
 
 
 def peak_at_sop_size():
@@ -265,7 +284,8 @@ def peak_at_sop_size():
     recall_at_k(gallery[:64], labels[:64], (1,), gallery[:64], labels[:64])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     recall_at_k(gallery[:1200], labels[:1200], (1, 10, 100, 1000), gallery, labels)
-    recall_at_k(torch.ones(100, 512), labels[:100], (1,), torch.ones(60502, 512), labels)
+    ones = F.normalize(torch.ones(60502, 512))
+    recall_at_k(ones[:100], labels[:100], (1,), ones, labels)
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 

@@ -9,7 +9,7 @@ from math import inf, nan
 
 import pytest
 
-import dataset.images
+import dataset.files
 import train
 from losses import DDML
 from storage import read_checkpoint
@@ -61,10 +61,10 @@ def spoil(monkeypatch, at, source="loss", factor=nan, then=lambda: None):
 @pytest.mark.parametrize("factor", [nan, inf])
 @pytest.mark.parametrize("source", ["loss", "split", "gradient"])
 def test_the_line_names_epoch_step_number_and_files(folder, capsys, monkeypatch, source, factor):
-    before, read, original = weights(folder), [], dataset.images.read_image
+    before, read, original = weights(folder), [], dataset.files.opened
     spoil(monkeypatch, 1, source, factor)
     monkeypatch.setattr(
-        dataset.images, "read_image", lambda path: read.append(path) or original(path)
+        dataset.files, "opened", lambda path: read.append(path) or original(path)
     )
     error = fails(TEN_STEPS + "--resume", capsys)
     assert f"epoch 1, step 1: the {source} is not finite" in error
@@ -109,7 +109,8 @@ def test_an_update_that_overflowed_is_not_saved(folder, capsys, monkeypatch, wha
         return values
 
     monkeypatch.setattr(train, "train_step", train_step)
-    assert "no longer finite; nothing" in fails(TEN_STEPS + f"--resume {flags}", capsys)
+    line = fails(TEN_STEPS + f"--resume {flags}", capsys)
+    assert "epoch 1, step 9: the state of network, proxies or optimiser after it is not" in line
     assert weights(folder) == before and len(metrics(folder)) == 1
 
 

@@ -13,14 +13,13 @@ from pytorch_metric_learning import miners
 from pytorch_metric_learning.losses import ProxyAnchorLoss
 from torch.nn import functional as F
 
+import sharded
 from losses import (
     DDML,
     LOSSES,
     PROXY_LOSSES,
-    Classes,
     ProxyAnchor,
     class_proxies,
-    initial_proxies,
     standard_deviation,
 )
 from tests.conftest import ROOT
@@ -57,12 +56,16 @@ def test_proxy_anchor_of_two_samples_by_hand():
     assert loss(x, labels).item() == pytest.approx(attract + repel / 2, rel=1e-6)
 
 
-def test_a_part_of_the_proxies_starts_as_it_does_in_the_whole():
-    parts = [range(100), range(33), range(33, 90), range(90, 100)]
-    whole, *drawn = (torch.manual_seed(1) and initial_proxies(Classes(100, part), D, block=40)
-                     for part in parts)  # fmt: skip
-    assert torch.equal(torch.cat(drawn), whole)
+def test_sharded_proxies_start_as_the_same_rows_of_all_of_them(monkeypatch):
+    torch.manual_seed(1)
+    whole = ProxyAnchor(100, D).proxies
     assert whole.std().item() == pytest.approx(math.sqrt(2 / 100), rel=0.1)
+    drawn = []
+    for rows in (range(33), range(33, 90), range(90, 100)):
+        monkeypatch.setattr(sharded, "rows_of_this_rank", lambda _, rows=rows: rows)
+        torch.manual_seed(1)
+        drawn.append(sharded.initial_proxies(100, D, block=40))
+    assert torch.equal(torch.cat(drawn), whole)
 
 
 def test_total_is_the_weighted_sum_of_the_terms():
@@ -231,7 +234,7 @@ def make_loss(name):
 def test_the_value_of_a_loss_is_the_librarys_own(name):
     x, labels = F.normalize(torch.randn(B, D)), torch.randint(C, (B,))
     ours, theirs = make_loss(name), LIBRARY[name]()
-    theirs.load_state_dict(ours.loss.state_dict())
+    theirs.load_state_dict((ours.loss if name in MINERS else ours).state_dict())
     pairs = MINERS[name](x, labels) if name in MINERS else None
     assert ours(x, labels).item() == theirs(x, labels, pairs).item() != 0
 
@@ -260,7 +263,7 @@ def test_class_proxies_are_those_that_the_loss_compares_with(name):
     loss = make_loss(name)
     if name == "SoftTriple":  # centres of a class that are near each other
         centers = torch.randn(C, 1, D) + 0.1 * torch.randn(C, 10, D)
-        loss.loss.fc.data = centers.flatten(0, 1).T.contiguous()
+        loss.fc.data = centers.flatten(0, 1).T.contiguous()
     P = class_proxies(loss)
     assert P.shape == (C, D)
     values = [[loss(F.normalize(x[None]), torch.tensor([c])).item() for c in range(C)] for x in P]
@@ -296,15 +299,15 @@ def test_ten_steps_on_a_toy_problem_lower_the_loss(name, disent):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", LOSSES)
-def test_half_precision_never_reaches_a_loss_or_its_parameters(name, dtype):
-    loss = make_loss(name)
-    x, labels = F.normalize(torch.randn(B, D)), torch.randint(C, (B,))
+@pytest.mark.parametrize("name", PROXY_LOSSES)
+def test_half_precision_never_reaches_a_loss_in_ddml_or_its_parameters(name, dtype):
+    criterion, noise = DDML(make_loss(name), 1.0, 0.1, 1e-3), torch.randn(2, B, D)
+    head, head_specific, labels = batch(dtype)
     with torch.autocast("cpu", dtype):
-        value = loss(x.to(dtype), labels)
+        value, _ = criterion(head, head_specific, labels, noise)
     assert value.dtype == torch.float32
-    assert value.item() == loss(x.to(dtype).float(), labels).item()
-    assert all(p.dtype == torch.float32 for p in loss.parameters())
+    assert value.item() == criterion(head.float(), head_specific.float(), labels, noise)[0].item()
+    assert all(p.dtype == torch.float32 for p in criterion.parameters())
 
 
 def test_losses_py_alone_in_an_empty_folder_works(tmp_path, monkeypatch):
@@ -353,14 +356,9 @@ def test_an_odd_head_noise_of_another_shape_and_labels_with_fractions_are_refuse
             loss(*arguments)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", PROXY_LOSSES)
 def test_labels_of_32_bits_are_labels(name):
-    choice = LOSSES[name]
-    torch.manual_seed(0)
-    loss = choice.make(4, 16, choice.margin, choice.scale)
-    x, labels = torch.randn(8, 16), torch.arange(8) % 4
-    assert torch.equal(loss(x, labels.int()), loss(x, labels))
-    if name in PROXY_LOSSES:
-        heads, noise = torch.randn(2, 8, 32), torch.randn(2, 8, 16)
-        ddml = DDML(loss, 1, 1, 1)
-        assert torch.equal(ddml(*heads, labels.int(), noise)[0], ddml(*heads, labels, noise)[0])
+    criterion, noise = DDML(make_loss(name), 1, 1, 1), torch.randn(2, B, D)
+    head, head_specific, labels = batch()
+    values = [criterion(head, head_specific, y, noise)[0] for y in (labels, labels.int())]
+    assert torch.equal(*values)

@@ -314,8 +314,8 @@ def test_preparing_leaves_the_pixels_as_they_are():
 
 
 @pytest.mark.parametrize("checkpoint, line", [
-    ({"model_state_dict": {"x": torch.ones(1)}}, "does not tell the network's embedding_size"),
-    ({"model_state_dict": {}, "args": {"model": 5}}, "does not tell the network's model"),
+    ({"model_state_dict": {"x": torch.ones(1)}}, "no model.embedding.weight"),
+    ({"model_state_dict": {}, "args": 5}, "odd flags"),
 ])  # fmt: skip
 def test_a_checkpoint_that_does_not_tell_what_its_network_is_is_refused(tmp_path, checkpoint, line):
     torch.save(checkpoint, tmp_path / "odd.pth")

@@ -160,7 +160,7 @@ def test_inshop_trains_resumes_and_evaluates_queries_against_the_gallery(here, c
     model, sides = load_model(last), {}
     for split in ("query", "gallery"):
         images = dataset.load("Inshop", "data", split)
-        loader = train.test_loader(images, 32, 4, 0, torch.device("cpu"))
+        loader = train.test_loader(images, 4, train.Loading(32, 0, torch.device("cpu")))
         x, labels = embed(model, train.batches(loader, torch.device("cpu")))
         sides[split] = x, [images.classes[label] for label in labels]
     (x, items), (y, gallery_items) = sides["query"], sides["gallery"]

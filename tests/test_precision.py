@@ -13,7 +13,7 @@ import train
 import utils
 from net import create_model, load_model
 from net.export import save_model
-from recipe import Training, prepare_epoch, settle_loss, train_step
+from recipe import build_training, prepare_epoch, settle_loss, train_step
 from tests.conftest import TINY, checkpoint_of, fails, make_cub, make_folder, metrics, run_folder
 from tests.operations import Operations
 from tests.test_net import BACKBONES
@@ -52,7 +52,7 @@ def test_frozen_batchnorm_is_folded_in_float32_and_then_cast_to_bfloat16():
 def training(flags):
     args = train.build_parser().parse_args(shlex.split(TINY + flags))
     settle_loss(args)
-    return Training(args, 2, torch.device("cpu"), None)
+    return build_training(args, 2, torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize("bn_freeze", [True, False])

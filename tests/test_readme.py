@@ -34,9 +34,10 @@ def test_the_python_block_embeds_an_image_of_the_demo(here, monkeypatch):
 
     model = names["load_model"](expected)
     images = train.dataset.load("demo", "data", "train")
-    loader = train.test_loader(images, 64, 8, 0, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    loader = train.test_loader(images, 8, train.Loading(64, 0, cpu))
     with torch.inference_mode():
-        pixels, _, _ = next(iter(loader))
+        pixels, _, _ = next(train.batches(loader, cpu))
         first = model.embed(model.prepare(pixels))[:1]
     torch.testing.assert_close(names["embedding"], first, rtol=1e-4, atol=1e-5)
 

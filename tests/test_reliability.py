@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import evaluate
+import retrieval.evaluate
 import train
+from runs import checkpoint as checkpoints
 from runs import folder as run_folders
 from runs.folder import RunFolder
 from storage import COMMENT_LENGTH, read_checkpoint, write_checkpoint
@@ -219,7 +220,7 @@ def test_a_signal_while_an_epoch_is_evaluated_and_saved_loses_nothing_of_it(
 ):
     make_cub(here / "data")
     train.main(shlex.split(TINY + "--LOG_DIR whole"))
-    owner = RunFolder if where == "write" else evaluate
+    owner = RunFolder if where == "write" else retrieval.evaluate
     original, signals = getattr(owner, where), [signal.SIGTERM]
 
     def interrupted(*args):
@@ -244,7 +245,7 @@ def test_a_signal_while_an_epoch_is_evaluated_and_saved_loses_nothing_of_it(
 def test_a_save_is_of_its_step_though_training_goes_on_while_it_is_written(here, monkeypatch):
     make_cub(here / "data")
     taken, stepped, compared = [], threading.Event(), []
-    capture, train_step, write = train.capture, train.train_step, RunFolder.write
+    capture, train_step, write = checkpoints.capture, train.train_step, RunFolder.write
 
     def captured(*args):
         stepped.clear()
@@ -264,7 +265,7 @@ def test_a_save_is_of_its_step_though_training_goes_on_while_it_is_written(here,
         write(folder, checkpoint)
         assert kill.same(read_checkpoint(folder.last), taken[-1])
 
-    monkeypatch.setattr(train, "capture", captured)
+    monkeypatch.setattr(checkpoints, "capture", captured)
     monkeypatch.setattr(train, "train_step", step)
     monkeypatch.setattr(RunFolder, "write", write_later)
     train.main(shlex.split(TINY + "--checkpoint-every 1"))
@@ -429,7 +430,7 @@ def test_results_whose_weights_were_deleted_are_not_overwritten(here, run, capsy
 
 def test_files_of_the_users_beside_a_resumed_checkpoint_are_left_alone(here, run, capsys):
     (here / "papers").mkdir()
-    last = (checkpoint_of(run_folder(here))).rename(here / "papers/model.pth")
+    last = (checkpoint_of(run_folder(here))).rename(here / "papers/model_last.pth")
     for name in (".notes.tmp", "thesis.replaced"):
         (here / "papers" / name).write_text("mine")
     train.main(shlex.split(TINY + f"--epochs 2 --resume {last}"))
