@@ -1,19 +1,14 @@
 """The processes of one run, as torchrun starts them; without torchrun there is one.
 
-W processes make the step that one would: each takes its rows of the batch through the network,
-heads are gathered in order of rank, every rank computes the loss of the whole batch and
-backpropagates loss / W, and gradients are summed before they are clipped. sharded.py splits the
-proxies too.
+W processes make the step that one would: heads are gathered in order of rank, every rank computes
+the loss of the whole batch and backpropagates loss / W, and gradients are summed, then clipped.
 """
 
-import atexit
 import contextlib
 import os
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils import UserError, choose_device
 
@@ -41,7 +36,6 @@ def init_processes(gpu_id):
     store = dist.PrefixStore(f"start {restarts()}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=this, world_size=count)
-    atexit.register(dist.destroy_process_group)
     return device
 
 
@@ -57,8 +51,7 @@ def restarts():
 
 
 def from_rank_0(function, for_others=lambda result: result):
-    """Rank 0 calls `function` and returns its result, the others for_others(result). All fail with
-    its error."""
+    """Rank 0 calls `function`, the others return for_others(its result); all get its error."""
     if world_size() == 1:
         return function()
     sent = [None, "rank 0 has failed"]
@@ -142,46 +135,9 @@ class AllReduceSum(torch.autograd.Function):
 
 
 def all_gather(x, count=None):
-    """Differentiable: [n, ...] of each rank -> [count, ...] of all, in order of rank. Own rows in a
-    tensor of zeros, all-reduced; a row's gradient is the sum of all ranks'."""
+    """Differentiable all-gather in order of rank: own rows in [count, ...] zeros, all-reduced."""
     if world_size() == 1:
         return x
     whole = x.new_zeros(count or int(all_reduce(torch.tensor(len(x)))), *x.shape[1:])
     rows_of_this_rank(whole).copy_(x)
     return AllReduceSum.apply(whole)
-
-
-class SharedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the maps [B, C, H, W] of all ranks (torch's SyncBatchNorm needs CUDA)."""
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
-        sums, pixels = x.sum(dim=(0, 2, 3)), x.numel() // x.shape[1]
-        sums = AllReduceSum.apply(torch.cat([sums, sums.new_full((1,), pixels)]))
-        mean, count = sums[:-1] / sums[-1], sums[-1]
-        centred = x - mean[:, None, None]
-        variance = AllReduceSum.apply(centred.square().sum(dim=(0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
-
-
-def share_batch_norm(module):
-    """Replaces the BatchNorm layers in `module` by those over all ranks, for --bn-freeze 0."""
-    if world_size() == 1:
-        return
-    for name, layer in module.named_children():
-        if type(layer) is nn.BatchNorm2d:
-            shared = SharedBatchNorm(layer.num_features, layer.eps, layer.momentum)
-            shared.load_state_dict(layer.state_dict())
-            setattr(module, name, shared)
-        elif isinstance(layer, _BatchNorm):
-            raise UserError(f"--bn-freeze 0: {type(layer).__name__} layers cannot be trained in "
-                            "several processes")  # fmt: skip
-        else:
-            share_batch_norm(layer)

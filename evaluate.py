@@ -9,20 +9,14 @@ from loading.loader import Loading, batches, test_loader
 from net import CHOICES, model_name, network_from, network_of
 from net.export import MODEL_FILES, save_model
 from retrieval.evaluate import describe, evaluate
-from retrieval.export import EMBEDDING_FILES, export, needs_neighbours
+from retrieval.export import EMBEDDING_FILES, export
 from retrieval.metrics import recall_at_k  # noqa: F401 (as an API)
 from retrieval.page import results_page
 from retrieval.search import NEIGHBOURS, neighbours
 from runs.checkpoint import epoch_of
-from runs.curves import draw_curves
 from runs.folder import checkpoint_in
-from storage import (
-    read_checkpoint,
-    require_format,
-    require_writable,
-    write_atomically,
-    write_json,
-)
+from runs.pictures import draw_curves
+from storage import read_checkpoint, require_format, require_writable, write_atomically, write_json
 from utils import UserError, run, say, set_precision, warn
 
 OUTPUTS = ("json", "export", "page", "save_model")  # flags that name a file to write
@@ -47,56 +41,55 @@ def build_parser():
 
 
 def resolve_flags(parser, argv):
-    """Flags, and the checkpoint. A flag comes from the command line, else from the checkpoint's own
-    flags, else from the shapes of its weights, else from the default."""
+    """(flags, checkpoint). A flag comes from the command line, else from the checkpoint's flags,
+    else from the shapes of its weights, else from the default."""
     args, given = given_flags(parser, argv)
     if bool(args.checkpoint) == bool(args.resume):
         parser.error("name one checkpoint or run folder")
     path = checkpoint_in(args.checkpoint or args.resume)
     checkpoint = read_checkpoint(path)
     _, theirs = network_of(checkpoint, path)
-    kept = vars(args).keys() - {*OUTPUTS, "checkpoint", "resume", "gpu_id", "workers", "remark"}
     if theirs.get("train_on") == "all" and not {"dataset", "data_root"} & given.keys():
         raise UserError(f"{path}: trained on all classes of {theirs['dataset']}, so that none are "
                         "left to test it on; name another data set with --dataset, or, for its "
                         "exports, its own with --data-root")  # fmt: skip
+    unused = {*OUTPUTS, "checkpoint", "resume", "gpu_id", "workers", "remark"}
     if given.get("dataset", theirs.get("dataset")) != theirs.get("dataset"):
-        kept -= {"ks", "data_root"}
+        unused |= {"ks", "data_root"}
+    kept = vars(args).keys() - unused
     stored = {flag: value for flag, value in theirs.items() if flag in kept}
-    resolved = parse_stored(parser, stored, path)
-    for flag, value in given.items():
-        setattr(resolved, flag, value)
-    resolved.checkpoint = path
-    if "dataset" not in theirs:
-        return resolved, checkpoint
-    trained, tested = images_of(theirs), images_of(vars(resolved))
-    if trained != tested:
-        say(f"{path}: trained on {trained}, tested on {tested}")
-    elif theirs.get("train_on") == "all":
-        warn(f"{path} was trained on all classes of {resolved.dataset}: its recall here says "
-             "nothing about unseen ones")  # fmt: skip
-    return resolved, checkpoint
+    args = parse_stored(parser, stored, path)
+    vars(args).update(given, checkpoint=path)
+    if "dataset" in theirs:
+        trained, tested = images_of(theirs), images_of(vars(args))
+        if trained != tested:
+            say(f"{path}: trained on {trained}, tested on {tested}")
+        elif theirs.get("train_on") == "all":
+            warn(f"{path} was trained on all classes of {args.dataset}: its recall here says "
+                 "nothing about unseen ones")  # fmt: skip
+    return args, checkpoint
 
 
 def images_of(flags):
-    """What says which images these are: a data set's name, and of one's own, its path."""
+    """The data set's name, and of one's own images, the path."""
     own = getattr(dataset.module_of(flags["dataset"]), "OWN", None)
     place = f" ({Path(flags[own]).resolve()})" if own in flags else ""
     return f"{dataset.title(flags['dataset'])}{place}"
 
 
 def write_outputs(args, checkpoint, images, about, scores, retrieved):
-    """The files that flags name."""
-    near = None
-    if args.page or args.export and needs_neighbours(args.export):
-        near = neighbours(retrieved.embeddings, NEIGHBOURS, images.queries)
+    """Write the files that flags name."""
+    nearest = None  # at SOP's size, searching takes minutes
+    if args.page or (args.export or "").lower().endswith(".parquet"):
+        nearest = neighbours(retrieved.embeddings, NEIGHBOURS, images.queries)
     if args.export:
-        export(args.export, retrieved.embeddings, images, retrieved.hits, near)
+        export(args.export, images, retrieved, nearest)
     if args.page:
         history = checkpoint.get("history")
         curves = draw_curves(history) if history else None
-        metrics = {"this evaluation": scores}
-        page = results_page(args.checkpoint, about, metrics, images, retrieved.hits, near, curves)
+        head = {"title": args.checkpoint, "about": about, "curves": curves,
+                "metrics": [("this evaluation", scores)]}  # fmt: skip
+        page = results_page(head, images, retrieved.hits, nearest)
         write_atomically(Path(args.page).resolve(), page)
         print(f"{args.page}: to look at in a browser")
     if args.json:

@@ -1,4 +1,4 @@
-"""Types of flags, the flags that scripts share, and flags stored in a checkpoint."""
+"""The flags that scripts share, their types, and flags stored in a checkpoint."""
 
 import argparse
 
@@ -13,18 +13,14 @@ PRECISION_HELP = (
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Says a flag's default, where that says something, and calls its value what errors do."""
-
-    def _get_default_metavar_for_optional(self, action):
-        kind = getattr(action.type, "__name__", "").split(" ")[0]
-        return (kind if kind in ("number", "boolean") else action.dest).upper()
+    """Shows defaults other than None."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, "") else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and that knows no abbreviated flags."""
+    """An ArgumentParser that raises UserError and takes no abbreviated flags."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
@@ -42,15 +38,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_data_flags(parser, data_set, choices, batch_size):
-    """Flags of the data; `data_set` is the type of --dataset. Returns their group's `add`."""
+    """Flags of the data; `data_set`: the type of --dataset. Returns the group's add_argument."""
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="cub", type=data_set, metavar="NAME", help=choices)
     add("--data-root", default="./data", metavar="DIR",
         help="folder of the data sets, or with --dataset folder of the images")  # fmt: skip
     add("--ks", nargs="+", type=at_least(1),
         help="of Recall@K; by default the data set's published ones, or 1 2 4 8")  # fmt: skip
-    add("--metrics", default=False, const=True, nargs="?", type=boolean,
-        help="MAP@R and R-Precision beside Recall@K")  # fmt: skip
+    add("--metrics", **SWITCH, help="MAP@R and R-Precision beside Recall@K")
     add("--image-size", default=224, type=at_least(1, most=2**12),
         help="side of the input; tests take the centre of images of 256/224 of it")  # fmt: skip
     add("--batch-size", default=batch_size, type=at_least(1), help="images a batch")
@@ -59,36 +54,30 @@ def add_data_flags(parser, data_set, choices, batch_size):
 
 
 def add_network_flags(parser, model, choices):
-    """Flags of the network; `model` is the type of --model. Returns their group's `add`."""
+    """Flags of the network; `model`: the type of --model. Returns the group's add_argument."""
     add = parser.add_argument_group("network").add_argument
     add("--model", default="bn_inception", type=model, metavar="NAME", help=choices)
-    add("--embedding-size", default=512, type=at_least(1, most=2**13),
-        help="numbers in an embedding")  # fmt: skip
+    add("--embedding-size", default=512, type=at_least(1, most=2**13), help="its dimensions")
     add("--l2-norm", default=True, type=boolean, help="L2-normalise the heads")
     add("--precision", default="fp32", choices=PRECISIONS, help=PRECISION_HELP)
-    add("--gpu-id", default=0, type=at_least(-1),
-        help="which GPU, where torchrun does not say; -1 for the only one")  # fmt: skip
+    add("--gpu-id", default=0, type=at_least(-1), help="without torchrun; -1: the only GPU")
     return add
 
 
 def given_flags(parser, argv):
-    """All flags as a namespace, and {name: value} of those that the command line gives."""
-    args = parser.parse_args(argv)
-    unset = object()
-    absent = argparse.Namespace(**dict.fromkeys(vars(args), unset))
-    parsed = vars(parser.parse_args(argv, absent))
-    return args, {name: value for name, value in parsed.items() if value is not unset}
+    """All flags as a namespace, and {name: value} of those on the command line."""
+    args, unset = parser.parse_args(argv), object()
+    parsed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    return args, {name: value for name, value in vars(parsed).items() if value is not unset}
 
 
 def parse_stored(parser, flags, path):
-    """The flags stored in a checkpoint, as a namespace, held to the same rules as typed ones."""
+    """The flags stored in a checkpoint as a namespace, checked as typed ones are."""
     argv = []
     for name, value in flags.items():
         if value is not None and name not in ("resume", "overwrite", "quiet"):  # no settings
-            if isinstance(value, list):  # --ks
-                argv += [flag_of(name), *map(str, value)]
-            else:
-                argv.append(f"{flag_of(name)}={value}")
+            listed = isinstance(value, list)  # --ks
+            argv += [flag_of(name), *map(str, value)] if listed else [f"{flag_of(name)}={value}"]
     try:
         return parser.parse_args(argv)
     except UserError as error:
@@ -97,26 +86,29 @@ def parse_stored(parser, flags, path):
 
 def flag_of(name):
     """`--batch-size` for `batch_size`."""
-    return f"--{name.replace('_', '-') if name.islower() else name}"  # not in LOG_DIR
+    return f"--{name.replace('_', '-') if name.islower() else name}"  # LOG_DIR has its own
 
 
 def boolean(text):
     """argparse type: true/false, 1/0, yes/no in any case."""
-    # differs: `bool("False")`, the published type, is True
+    # differs: the script has type=bool, and bool("False") is True
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    try:
-        return values[text.lower()]
-    except KeyError:
-        raise ValueError(text) from None  # argparse names the flag and the value
+    if text.lower() not in values:
+        raise ValueError(text)  # argparse names the flag and the value
+    return values[text.lower()]
+
+
+# --flag, --flag True, --flag False
+SWITCH = {"default": False, "const": True, "nargs": "?", "type": boolean}
 
 
 def compile_mode(text):
-    """argparse type: whether to torch.compile, or as its mode of CUDA graphs."""
+    """argparse type of --compile: a boolean, or torch.compile's mode with CUDA graphs."""
     return text if text == "reduce-overhead" else boolean(text)
 
 
 def at_least(low, kind=int, most=10**9):
-    """argparse type: a number no smaller than `low`, and not beyond all use."""
+    """argparse type: a number from `low` to `most`."""
 
     def parse(text):
         value = kind(text)
@@ -129,7 +121,7 @@ def at_least(low, kind=int, most=10**9):
 
 
 def name_part(text):
-    """argparse type: what may be part of a folder's name."""
+    """argparse type: a part of a folder's name."""
     if "/" in text or not text.isprintable():
         raise argparse.ArgumentTypeError(f"a folder's name cannot hold {ascii(text)}")
     return text

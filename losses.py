@@ -175,21 +175,21 @@ def n_pair(C, d, margin, scale):  # Sohn, NIPS 2016: dot products, not cosines
 # published for Proxy_Anchor, Proxy_NCA and SoftTriple (Qian et al., ICCV 2019); the rest have 100
 # too, untuned: class weights that start anywhere, beside a pretrained network.
 LOSSES = {
-    # name                     constructor                               margin  scale  lr factor
-    "Proxy_Anchor":     Choice(ProxyAnchor,                                 0.1,    32,   100),
-    "Proxy_NCA":        Choice(lambda C, d, margin, scale: pml.ProxyNCALoss(
-                            C, d, softmax_scale=scale),                    None,    32,     1),
-    "NormSoftmax":      Choice(lambda C, d, margin, scale: pml.NormalizedSoftmaxLoss(
-                            C, d, 1 / scale),                              None,    20,   100),
-    "CosFace":          Choice(lambda C, d, margin, scale: pml.CosFaceLoss(
-                            C, d, margin=margin, scale=scale),             0.35,    64,   100),
-    "ArcFace":          Choice(pml.ArcFaceLoss,                            28.6,    64,   100),
-    "SoftTriple":       Choice(lambda C, d, margin, scale: pml.SoftTripleLoss(
-                            C, d, la=scale, margin=margin),                0.01,    20,   100),
-    "Contrastive":      Choice(lambda C, d, margin, scale: pml.ContrastiveLoss(
-                            neg_margin=margin),                             0.5,  None,  None),
-    "Triplet":          Choice(triplet,                                     0.1,  None,  None),
-    "MultiSimilarity":  Choice(multi_similarity,                            0.5,    50,  None),
-    "NPair":            Choice(n_pair,                                     None,  None,  None),
+    # name                   constructor: C, d, margin, scale                 margin scale lr_factor
+    "Proxy_Anchor":    Choice(ProxyAnchor,                                       0.1,   32,  100),
+    "Proxy_NCA":       Choice(lambda C, d, m, s: pml.ProxyNCALoss(
+                           C, d, softmax_scale=s),                              None,   32,    1),
+    "NormSoftmax":     Choice(lambda C, d, m, s: pml.NormalizedSoftmaxLoss(
+                           C, d, temperature=1 / s),                            None,   20,  100),
+    "CosFace":         Choice(lambda C, d, m, s: pml.CosFaceLoss(
+                           C, d, margin=m, scale=s),                            0.35,   64,  100),
+    "ArcFace":         Choice(pml.ArcFaceLoss,                                  28.6,   64,  100),
+    "SoftTriple":      Choice(lambda C, d, m, s: pml.SoftTripleLoss(
+                           C, d, la=s, margin=m),                               0.01,   20,  100),
+    "Contrastive":     Choice(lambda C, d, m, s: pml.ContrastiveLoss(neg_margin=m),
+                                                                                 0.5, None, None),
+    "Triplet":         Choice(triplet,                                           0.1, None, None),
+    "MultiSimilarity": Choice(multi_similarity,                                  0.5,   50, None),
+    "NPair":           Choice(n_pair,                                           None, None, None),
 }  # fmt: skip
 PROXY_LOSSES = [name for name, choice in LOSSES.items() if choice.lr_factor is not None]

@@ -1,4 +1,4 @@
-"""The recipe: losses and their defaults, what trains when, with which optimiser, one step."""
+"""The recipe: which loss, what trains when, with which optimiser, one step."""
 
 import math
 
@@ -6,17 +6,12 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grad_value_, get_total_norm
 
-from distributed import (
-    all_gather,
-    all_reduce,
-    all_reduce_gradients,
-    share_batch_norm,
-    world_size,
-)
-from losses import DDML, LOSSES, PROXY_LOSSES
+from distributed import all_gather, all_reduce, all_reduce_gradients, world_size
+from losses import DDML, LOSSES
 from net import create_model
+from net.batch_norm import share_batch_norm
 from sharded import ShardedDDML, ShardedProxyAnchor, sharded_parameters
-from utils import UserError, warn
+from utils import UserError
 
 # with the published script's settings; fused ones never wait for the device
 OPTIMIZERS = {
@@ -35,31 +30,13 @@ def own_values(loss):
 
 
 def settle_loss(args):
-    """Give the loss's own values to the flags that were left to it."""
+    """Give the loss's own values to the flags that are not given."""
     for name, value in own_values(args.loss).items():
         if getattr(args, name) is None:
-            setattr(args, name, value if value is None else float(value))  # as one that is given
+            setattr(args, name, value if value is None else float(value))  # as typed
         elif value is None:
             what = {"mrg": "margin", "alpha": "scale", "proxy_lr_factor": "proxies"}[name]
             raise UserError(f"--{name.replace('_', '-')}: --loss {args.loss} has no {what}")
-    if args.shard_proxies and args.loss != "Proxy_Anchor":
-        raise UserError(
-            f"--shard-proxies: --loss {args.loss} needs all of its parameters in each process; use "
-            "--loss Proxy_Anchor, or leave the flag out"
-        )
-    if args.disent and args.loss not in PROXY_LOSSES:
-        raise UserError(
-            f"--disent True: --loss {args.loss} compares pairs of images and has no proxies, which "
-            f"DDML's terms need; choose from {', '.join(PROXY_LOSSES)}"
-        )
-    if args.disent and not args.al + args.be + args.gam:
-        warn(
-            "--disent True with --al, --be and --gam of 0 trains the plain loss and an unused head"
-        )
-    if not args.disent and args.al + args.be + args.gam > 0:
-        warn("--al, --be and --gam weigh nothing without --disent True: training the plain loss")
-    if args.loss not in PROXY_LOSSES and not args.IPC:
-        warn(f"--loss {args.loss} learns from pairs of one class; --IPC N puts some in each batch")
 
 
 def build_criterion(args, num_classes):

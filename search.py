@@ -29,6 +29,8 @@ from storage import (
 )
 from utils import UserError, choose_device, plural, progress, run, set_precision, warn
 
+INDEX = ("embeddings", "paths", "stamps", "source", "checkpoint")  # arrays of an index
+
 
 def build_parser():
     parser = Parser(description=__doc__.split(":")[0])
@@ -51,33 +53,32 @@ def build_parser():
 
 
 def files_of(gallery):
-    """The paths of a gallery's images: a list's, or a folder's, those in folders of it too."""
-    if str(gallery).lower().endswith(table.SUFFIXES):
+    """The paths of a gallery's images: those of a list, or all in and below a folder."""
+    if gallery.lower().endswith(table.SUFFIXES):
         splits = table.read(gallery, all_there=False)
         return [path for items in splits.values() for path, _ in items]
     if not os.path.isdir(gallery):
         raise UserError(f"--gallery {gallery}: no such folder, list or index")
-    found = (path for path in Path(gallery).rglob("*") if path.suffix.lower() in SUFFIXES)
-    return sorted(str(path) for path in found if not is_leftover(path))
+    paths = (path for path in Path(gallery).rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(str(path) for path in paths if not is_leftover(path))
 
 
 def embed_files(paths, model, batch_size, loading):
-    """(embeddings [n, d] on the CPU, indices [n] of the files that could be read); the others are
-    named."""
+    """(embeddings [n, d] on the CPU, indices [n] of the files that could be read)."""
     if not paths:
         return torch.empty(0, model.embedding_size), []
     loader = test_loader(ImageSet([(path, "") for path in paths]), batch_size, loading)
-    kept = ((pixels, index) for pixels, _, index in batches(loader, loading.device, skip=True))
-    embeddings, index = embed(model, progress(kept, len(loader), "embedding"))
-    return embeddings.cpu(), index.tolist()
+    readable = batches(loader, loading.device, skip=True)
+    indexed = ((pixels, index) for pixels, _, index in readable)
+    embeddings, indices = embed(model, progress(indexed, len(loader), "embedding"))
+    return embeddings.cpu(), indices.tolist()
 
 
 def open_index(path, checkpoint):
-    """An index's arrays; UserError for a file that is none, or one of another checkpoint."""
+    """{name: array} of an index that was made with this checkpoint."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            index = {name: file[name] for name in ("embeddings", "paths", "stamps", "source",
-                                                   "checkpoint")}  # fmt: skip
+            index = {name: file[name] for name in INDEX}
     except Exception as error:  # numpy and zipfile fail in many ways
         raise UserError(f"{path}: not an index that can be read ({error})") from error
     if str(index["checkpoint"]) != checkpoint:
@@ -88,48 +89,37 @@ def open_index(path, checkpoint):
     return index
 
 
-def gallery_of(args, checkpoint, embed_paths):
-    """(paths, embeddings [M, d]) of the gallery; what an index holds is not embedded again."""
-    file, source, index = args.save_index, os.path.abspath(args.gallery), None
-    if source.lower().endswith(".npz"):
-        file = file or source
-        index = open_index(source, checkpoint)
-        source = str(index["source"])
-    elif file and os.path.exists(file):
-        index = open_index(file, checkpoint)
-    known = {}
-    if index:
+def read_gallery(args, checkpoint, embed_paths):
+    """(paths, embeddings [M, d]) of the gallery. Embeds only what is not in the index."""
+    source, file, known = os.path.abspath(args.gallery), args.save_index, {}
+    stored = source if source.lower().endswith(".npz") else file
+    file = file or stored
+    if stored == source or stored and os.path.exists(stored):
+        index = open_index(stored, checkpoint)
+        source = str(index["source"]) if stored == source else source
         keys = zip(index["paths"].tolist(), map(tuple, index["stamps"].tolist()))
-        known = {key: row for row, key in enumerate(keys)}
-    listed = [(path, stamp_of(path)) for path in files_of(source)]
-    keys = [(path, stamp) for path, stamp in listed if stamp]
-    new = [key for key in keys if key not in known]
-    embedded, kept = embed_paths([path for path, _ in new])
-    fresh = {new[i]: row for row, i in enumerate(kept)}
-    keys = [key for key in keys if key in known or key in fresh]
+        known = dict(zip(keys, index["embeddings"]))
+    files = [(path, stamp_of(path)) for path in files_of(source)]
+    new = [key for key in files if key[1] and key not in known]
+    embedded, readable = embed_paths([path for path, _ in new])
+    rows = known | {new[i]: row for i, row in zip(readable, embedded.numpy())}
+    keys = [key for key in files if key in rows]
     if not keys:
         raise UserError(f"--gallery {args.gallery}: no image in it can be read")
-    paths = [path for path, _ in keys]
-    print(f"gallery: {plural(len(paths), 'image')}, {len(kept):,} of them embedded now; "
-          f"{len(listed) - len(paths):,} skipped")  # fmt: skip
+    print(f"gallery: {plural(len(keys), 'image')}, {len(readable):,} of them embedded now; "
+          f"{len(files) - len(keys):,} skipped")  # fmt: skip
+    paths, stamps = zip(*keys)
     unchanged = keys == [*known]
-    if unchanged:
-        embeddings = torch.from_numpy(index["embeddings"])
-    else:
-        embeddings = torch.empty(len(keys), embedded.shape[1])
-        for row, key in enumerate(keys):
-            x = embedded[fresh[key]] if key in fresh else index["embeddings"][known[key]]
-            embeddings[row] = torch.as_tensor(x)
+    embeddings = index["embeddings"] if unchanged else np.stack([rows[key] for key in keys])
     if file and not (unchanged and os.path.exists(file)):
-        stamps = np.array([stamp for _, stamp in keys])
-        with replacing(Path(file).resolve()) as new, open(new, "wb") as out:
-            np.savez(out, embeddings=embeddings.numpy(), paths=np.array(paths), stamps=stamps,
+        with replacing(Path(file).resolve()) as temporary, open(temporary, "wb") as out:
+            np.savez(out, embeddings=embeddings, paths=np.array(paths), stamps=np.array(stamps),
                      source=source, checkpoint=checkpoint)  # fmt: skip
-    return paths, embeddings
+    return paths, torch.from_numpy(embeddings)
 
 
 def stamp_of(path):
-    """By which a changed file is known; None of one that is not there."""
+    """What changes when the file does; None if it is gone."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -150,27 +140,23 @@ def main(argv=None):
     set_precision(model.precision)
     identity = hashlib.sha256(data).hexdigest()
     if model.precision != "fp32":
-        identity += f" {model.precision}"  # an index's embeddings are of one precision
+        identity += f" {model.precision}"
 
     size = checkpoint.get("args", {}).get("image_size", 224)
     loading = Loading(size, args.workers, device, model.interpolation)
     embed_paths = partial(embed_files, model=model, batch_size=args.batch_size, loading=loading)
-    queries, kept = embed_paths(args.query)
-    if len(kept) < len(args.query):
+    queries, readable = embed_paths(args.query)
+    if len(readable) < len(args.query):
         raise UserError("--query: not an image, as said above")
-    paths, gallery = gallery_of(args, identity, embed_paths)
-    similarities, indices = nearest(queries, gallery, args.top)
-    results = [
-        {"query": query, "neighbours": [
-            {"path": paths[index], "similarity": similarity}
-            for similarity, index in zip(row.tolist(), found.tolist())
-        ]}
-        for query, row, found in zip(args.query, similarities, indices)
-    ]  # fmt: skip
-    for result in results:
-        print(result["query"])
-        for rank, found in enumerate(result["neighbours"], start=1):
-            print(f"{rank:4d}  {found['similarity']:.4f}  {found['path']}")
+    paths, gallery = read_gallery(args, identity, embed_paths)
+    results = []
+    similarities, indices = (x.tolist() for x in nearest(queries, gallery, args.top))
+    for query, *ranked in zip(args.query, similarities, indices):
+        neighbours = [{"path": paths[index], "similarity": s} for s, index in zip(*ranked)]
+        results.append({"query": query, "neighbours": neighbours})
+        print(query)
+        for rank, neighbour in enumerate(neighbours, start=1):
+            print(f"{rank:4d}  {neighbour['similarity']:.4f}  {neighbour['path']}")
     if args.json:
         write_json(Path(args.json).resolve(), results)
     if args.page:

@@ -1,7 +1,6 @@
-"""--shard-proxies: Proxy-Anchor and DDML where each rank holds the proxies of some classes.
+"""--shard-proxies: Proxy-Anchor and DDML where each rank holds the proxies of C / W classes.
 
-A rank computes [B, C / W] cosines, and what the losses add up over classes is all-reduced. Results
-are those of losses.py, and checkpoints hold all proxies, in order.
+Sums over classes are all-reduced. Results are those of losses.py; checkpoints hold all proxies.
 """
 
 import math
@@ -10,21 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distributed import (
-    AllReduceSum,
-    all_reduce,
-    rank,
-    rows_of_this_rank,
-    split_rows,
-    world_size,
-)
-from losses import (
-    DDML,
-    at_least_float32,
-    l2_normalize,
-    log_one_plus_sum_exp,
-    require_fit,
-)
+from distributed import AllReduceSum, all_reduce, rank, rows_of_this_rank, split_rows, world_size
+from losses import DDML, at_least_float32, l2_normalize, log_one_plus_sum_exp, require_fit
 from utils import UserError
 
 sum_over_ranks = AllReduceSum.apply
@@ -91,17 +77,12 @@ class ShardedDDML(DDML):
 
 
 def sharded_parameters(criterion):
-    """The parameters of which each rank has its own rows, and so the whole gradient of these."""
-    losses = (m for m in criterion.modules() if isinstance(m, ShardedProxyAnchor))
-    return {loss.proxies for loss in losses}
-
-
-# --- in checkpoints --------------------------------------------------------------------------
+    """The parameters of which each rank has its own rows: their gradients need no all-reduce."""
+    return {loss.proxies for loss in criterion.modules() if isinstance(loss, ShardedProxyAnchor)}
 
 
 def map_proxies(checkpoint, function):
-    """The checkpoint with function(x) for each tensor x that has a row for each class: the proxies
-    and their moments."""
+    """The checkpoint with function(x) in place of the proxies x and of each of their moments."""
     optimizer = checkpoint["optimizer_state_dict"]
     proxies = set(optimizer["param_groups"][-1]["params"])
     state = dict(optimizer["state"])

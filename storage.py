@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,22 +13,19 @@ import torch
 from flags import flag_of
 from utils import UserError
 
-# A checkpoint is a zip file, as torch.save writes it, with its own SHA-256 as the zip's comment:
-# any program that reads the one reads the other.
+# A checkpoint is torch.save's zip file, with its SHA-256 as the zip's comment: torch.load reads it.
 CHECKSUM = b"ddml-sha256:"
 COMMENT_LENGTH = len(CHECKSUM) + 64
 
 
 def temporary_of(path):
-    """Where the bytes of a file are until all of them are there."""
     return path.with_name(f".{path.name}.tmp")
 
 
 @contextlib.contextmanager
 def replacing(path, keep=None, needed=""):
-    """In a `with`, the path of a new file that takes the place of `path` at the end: all of it or
-    nothing, even when the machine stops. With `keep`, what was there before is kept under that
-    path; `needed` is what else the one line says where it could not be written."""
+    """In a `with`: a temporary path, whose file replaces `path` at the end, as a whole or not at
+    all. keep: where the old file goes; needed: bytes, in the error."""
     path = Path(path)
     temporary = temporary_of(path)
     try:
@@ -38,10 +34,10 @@ def replacing(path, keep=None, needed=""):
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-        sync(path.parent)  # the renames have to reach the disk too
+        sync(path.parent)  # the renames
     except OSError as error:
         reason = error.strerror or error
-        if error.filename and Path(error.filename) != temporary:  # what was to be written, say
+        if error.filename and Path(error.filename) != temporary:  # such as a file to export
             reason = f"{error.filename}: {reason}"
         raise UserError(f"{path}: cannot be written{needed} ({reason})") from error
     finally:
@@ -59,17 +55,11 @@ def sync(path):
 
 def write_atomically(path, data, keep=None):
     with replacing(path, keep, f", {len(data):,} bytes needed") as new:
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(descriptor, rest[: 2**24]) :]
-        finally:
-            os.close(descriptor)
+        new.write_bytes(data)
 
 
 def require_writable(args, *flags):
-    """UserError, before the work, where what a flag names cannot be a new file."""
+    """UserError if the path that one of these flags names cannot be written to."""
     for flag in flags:
         name = getattr(args, flag)
         out = name and Path(name).resolve()
@@ -78,8 +68,7 @@ def require_writable(args, *flags):
 
 
 def require_format(args, **formats):
-    """UserError, before the work, where a flag's file is of no kind that is written, or of one
-    whose packages are missing; a flag of `formats` has {suffix: packages}."""
+    """UserError for a file of unknown suffix or missing packages; formats: {suffix: packages}."""
     for flag, packages in formats.items():
         name = getattr(args, flag)
         needed = packages.get(Path(name).suffix.lower()) if name else ()
@@ -96,7 +85,7 @@ def write_json(path, value):
 def write_checkpoint(path, checkpoint, keep=None):
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    # instead of the last two bytes, the length of an empty comment
+    # the last two bytes are the length of the comment, so far 0
     comment = CHECKSUM + hashlib.sha256(buffer.getbuffer()[:-2]).hexdigest().encode()
     buffer.seek(-2, os.SEEK_END)
     buffer.write(len(comment).to_bytes(2, "little") + comment)
@@ -104,15 +93,12 @@ def write_checkpoint(path, checkpoint, keep=None):
 
 
 def read_checkpoint(path):
-    """The dictionary in a .pth file; executes nothing. UserError for any file that is none or is
-    damaged; one without our SHA-256, as others write it, is taken as it is."""
+    """The dictionary in a .pth file; executes nothing. Verified if it has our SHA-256."""
     return checkpoint_from(read_bytes(path), path)
 
 
 def read_bytes(path):
     try:
-        if not os.path.isfile(path) and os.path.exists(path):
-            raise OSError("not a file")
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
@@ -121,22 +107,18 @@ def read_bytes(path):
 
 
 def checkpoint_from(data, path):
-    """As `read_checkpoint`, of the bytes that were in the file."""
-
-    def refuse(reason):
-        raise UserError(f"{path}: not a checkpoint that can be read: {reason}")
-
+    """As `read_checkpoint`, from the bytes of the file."""
+    unreadable = f"{path}: not a checkpoint that can be read"
     end = len(data) - COMMENT_LENGTH
     if data.startswith(CHECKSUM, end):
         digest = hashlib.sha256(memoryview(data)[: end - 2]).hexdigest()
         if not data.endswith(digest.encode()):
-            refuse("damaged, its SHA-256 is not the stored one")
+            raise UserError(f"{unreadable}: damaged, its SHA-256 is not the stored one")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch muses on odd files before it refuses them
-            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception:  # it fails in a dozen ways, and words few of them well
-        refuse("damaged, or it holds more than tensors and plain values")
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has many for a damaged file, most of them obscure
+        raise UserError(f"{unreadable}: damaged, or it holds more than tensors and plain "
+                        "values") from error  # fmt: skip
     if not isinstance(checkpoint, dict) or not checkpoint:
         raise UserError(f"{path}: not a checkpoint (it holds no dictionary of tensors)")
     return checkpoint

@@ -3,7 +3,6 @@
 The flags are the published script's; README.md has its three commands.
 """
 
-import time
 from functools import partial
 
 import torch
@@ -11,8 +10,9 @@ import torch
 import dataset
 from dataset.files import UnreadableImage
 from dataset.images import digest_of_names
-from distributed import all_reduce_max, init_processes, rank, rank_0_first, world_size
+from distributed import init_processes, rank, rank_0_first, world_size
 from flags import (
+    SWITCH,
     Parser,
     add_data_flags,
     add_network_flags,
@@ -29,25 +29,16 @@ from net import CHOICES, compile_backbone, model_name
 from recipe import OPTIMIZERS, build_training, loss_noise, prepare_epoch, settle_loss, train_step
 from retrieval.evaluate import describe, evaluate
 from runs.checkpoint import restore, save
+from runs.checks import check_batches, check_loss
 from runs.pictures import draw
-from runs.report import announce, conclude, early_end, say_epoch
+from runs.report import announce, conclude, say_epoch
 from runs.results import Epoch, result_of
+from runs.safety import after_step, early_end
 from runs.start import open_run, record
 from runs.tracking import address_of, log_epoch, memory_of
-from utils import (
-    Interrupted,
-    Stop,
-    UserError,
-    progress,
-    run,
-    say,
-    seed_of,
-    set_precision,
-    set_quiet,
-)
+from utils import Interrupted, Stop, progress, run, say, seed_of, set_precision, set_quiet
 
 STEP = 2  # a step's stream of random numbers, beside the sampler's and the augmentation's
-FETCH_SECONDS = 1  # between reads of the losses; each read waits for the device
 
 
 def build_parser():
@@ -55,8 +46,7 @@ def build_parser():
     add = add_data_flags(parser, dataset.canonical_name, dataset.CHOICES, batch_size=180)
     add("--train-on", default="train", choices=["train", "all"],
         help="all: every class there is, to ship the network; none is left to test on")  # fmt: skip
-    add("--IPC", type=at_least(1),
-        help="balanced batches: this many images of each class in one; by default any")  # fmt: skip
+    add("--IPC", type=at_least(1), help="balanced batches: images per class; by default any")
     add("--cache", default="none", choices=["none", "ram", "gpu"],
         help="keep decoded images in memory; gpu: the device's, cropped there")  # fmt: skip
 
@@ -64,22 +54,17 @@ def build_parser():
     add("--weights", default="imagenet", help="imagenet, none, or a checkpoint's path")
     add("--compile", default=False, const=True, nargs="?", type=compile_mode, metavar="MODE",
         help="torch.compile the backbone; reduce-overhead: as CUDA graphs too")  # fmt: skip
-    add("--deterministic", default=False, const=True, nargs="?", type=boolean,
-        help="the same bits each time on CUDA too, at some cost in speed")  # fmt: skip
+    add("--deterministic", **SWITCH, help="the same bits each time on CUDA too, but slower")
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="Proxy_Anchor", choices=LOSSES, metavar="NAME", help=", ".join(LOSSES))
-    add("--alpha", type=at_least(1e-6, float),
-        help="the loss's scale; by default its own, 32 for Proxy_Anchor")  # fmt: skip
-    add("--mrg", type=at_least(0, float),
-        help="the loss's margin; by default its own, 0.1 for Proxy_Anchor")  # fmt: skip
+    # by default the loss's own, of Proxy_Anchor 32, 0.1 and 100
+    add("--alpha", type=at_least(1e-6, float), help="scale of the loss; by default its own")
+    add("--mrg", type=at_least(0, float), help="margin of the loss; by default its own")
     add("--proxy-lr-factor", type=at_least(0, float),
-        help="times --lr, proxies' learning rate; by default the loss's own, "
-        "100 for Proxy_Anchor")  # fmt: skip
-    add("--shard-proxies", default=False, const=True, nargs="?", type=boolean,
-        help="under torchrun, each process holds its part of the proxies")  # fmt: skip
-    add("--disent", default=False, const=True, nargs="?", type=boolean,
-        help="DDML; adds a second head")  # fmt: skip
+        help="times --lr, proxies' learning rate; by default the loss's own")  # fmt: skip
+    add("--shard-proxies", **SWITCH, help="under torchrun, each process holds some of the proxies")
+    add("--disent", **SWITCH, help="DDML; adds a second head")
     add("--al", default=0.0, type=at_least(0, float), help="DDML: weight of the agnostic term")
     add("--be", default=0.0, type=at_least(0, float), help="DDML: weight of the specific term")
     add("--gam", default=0.0, type=at_least(0, float), help="DDML: weight of the split term")
@@ -91,10 +76,8 @@ def build_parser():
     add("--weight-decay", default=1e-4, type=at_least(0, float), help="of all parameters")
     add("--lr-decay-step", default=10, type=at_least(1), help="epochs between decays")
     add("--lr-decay-gamma", default=0.5, type=at_least(0, float), help="factor of a decay")
-    add("--warm", default=1, type=at_least(0),
-        help="epochs in which only heads and proxies train")  # fmt: skip
-    add("--bn-freeze", default=True, type=boolean,
-        help="keep BatchNorm's running statistics")  # fmt: skip
+    add("--warm", default=1, type=at_least(0), help="epochs that train only heads and proxies")
+    add("--bn-freeze", default=True, type=boolean, help="keep BatchNorm's running statistics")
     add("--seed", default=1, type=at_least(0, most=2**63), help="of all random numbers")
 
     add = parser.add_argument_group("run").add_argument
@@ -105,10 +88,8 @@ def build_parser():
     either.add_argument("--resume", nargs="?", const="", metavar="PATH",
         help="continue the run of this folder or checkpoint; without PATH, of these flags"
     )  # fmt: skip
-    either.add_argument("--overwrite", action="store_true",
-                        help="start anew where the run folder holds a run")  # fmt: skip
-    add("--checkpoint-every", type=at_least(1),
-        help="save after this many steps too; by default only at the end of epochs")  # fmt: skip
+    either.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    add("--checkpoint-every", type=at_least(1), help="steps between saves within an epoch")
     add("--quiet", action="store_true", help="print warnings, errors and the end's results alone")
     add("--wandb", default="auto", choices=["auto", "online", "offline", "disabled"],
         help="auto: online when logged in, else offline")  # fmt: skip
@@ -121,31 +102,12 @@ def load_images(args):
     splits, name = dataset.read(args.dataset, args.data_root), dataset.title(args.dataset)
     wanted = {"train": "train", "test": "test"} if args.train_on == "train" else {"train": "all"}
     images = {split: dataset.image_set(args.dataset, splits, of) for split, of in wanted.items()}
-    require_batches(args, images["train"], name)
+    check_batches(args, images["train"], name)
     for split, of in wanted.items():
         say(describe(f"{name} {of}", images[split]))
     if "test" not in images:
         say("training on all classes: none is left to test on, the last epoch is what is kept")
     return images
-
-
-def require_batches(args, train, name):
-    """UserError where --batch-size and --IPC make no batch of the training images."""
-    if args.batch_size > len(train):  # differs: the script trains on nothing, in silence
-        raise UserError(
-            f"--batch-size {args.batch_size}: larger than the {len(train)} training images of "
-            f"{name}, so that no batch would be complete; use {len(train)} or fewer"
-        )
-    if args.batch_size < world_size():
-        raise UserError(f"--batch-size {args.batch_size}: fewer than the {world_size()} processes "
-                        "that share a batch")  # fmt: skip
-    if args.IPC:
-        classes, rest = divmod(args.batch_size, args.IPC)
-        if rest or classes > len(train.classes):
-            raise UserError(
-                f"--IPC {args.IPC}: a batch of --batch-size {args.batch_size} cannot hold "
-                f"{args.IPC} images of each of a whole number of the {len(train.classes)} classes"
-            )
 
 
 def build_loading(training, images):
@@ -160,10 +122,8 @@ def build_loading(training, images):
     if args.cache == "gpu":
         train_batches, test_batches = keep_on_device(train, train_batches, test_batches, loading)
     ks = dataset.ks(args.dataset, args.ks)
-    evaluate_test = test and partial(
-        evaluate, model, test_batches, ks, test.queries, args.metrics
-    )  # fmt: skip
-    return train_batches, evaluate_test
+    arguments = model, test_batches, ks, test and test.queries, args.metrics
+    return train_batches, test and partial(evaluate, *arguments)
 
 
 def run_epoch(training, loader, evaluate_test, run_folder, stop):
@@ -215,17 +175,6 @@ def seeded_noise(training):
     return noise
 
 
-def after_step(training, run_folder, stop):
-    """Signals, failed saves, checkpoints in mid-epoch, and a look at the losses now and then."""
-    epoch, every = training.epoch, training.args.checkpoint_every
-    stop.check(all_reduce_max)
-    run_folder.check()
-    if every and epoch.step % every == 0:
-        save(training, run_folder)
-    elif all_reduce_max(time.perf_counter() > epoch.fetched + FETCH_SECONDS):
-        epoch.fetch()
-
-
 def main(argv=None):
     parser = build_parser()
     args, given = given_flags(parser, argv)
@@ -238,6 +187,7 @@ def main(argv=None):
         conclude(history, run_folder)
         return
     settle_loss(args)
+    check_loss(args)
     set_precision(args.precision, args.deterministic)
     with rank_0_first():
         images = load_images(args)

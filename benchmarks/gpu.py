@@ -24,11 +24,11 @@ import utils
 from benchmarks.input import write_photo
 from benchmarks.timing import report
 from dataset.images import ImageSet
-from evaluate import recall_at_k
 from loading.cache import keep_on_device
 from loading.loader import Loading, batches, in_parallel, train_loader
 from net import compile_backbone
 from recipe import build_training, loss_noise, prepare_epoch, settle_loss, train_step
+from retrieval.metrics import recall_at_k
 from runs.checkpoint import capture, largest_of
 from utils import UserError, set_precision
 

@@ -8,6 +8,7 @@ from torch.nn.utils import clip_grad_value_
 from benchmarks.timing import alternate, peak_mb, report
 from losses import DDML, ProxyAnchor
 from net import create_model
+from net.backbones import BACKBONES, bn_inception
 from net.bn_inception import BNInception
 from recipe import build_optimizer, prepare_epoch, settle_loss, train_step
 from train import build_parser
@@ -61,8 +62,8 @@ def make_sides():
     def plain_optimizer(model, criterion):
         return torch.optim.AdamW([*model.parameters(), *criterion.parameters()], lr=1e-4)
 
-    ours, plain = (create_model("bn_inception", 512, disent=True) for _ in range(2))
-    plain.model.__class__ = Plain
+    BACKBONES["plain"] = lambda: bn_inception()._replace(network=Plain())
+    ours, plain = (create_model(name, 512, disent=True) for name in ("bn_inception", "plain"))
     plain.to(memory_format=torch.contiguous_format)
     return (
         make_side(ours, our_optimizer, train_step, torch.channels_last),

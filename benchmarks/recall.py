@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.timing import alternate, extra_mb, report
-from evaluate import recall_at_k
+from retrieval.metrics import recall_at_k
 
 D = 512
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.timing import extra_mb, report
 from distributed import all_reduce, init_processes, rank, rows_of_this_rank, world_size
 from recipe import build_criterion, build_optimizer, train_step
+from utils import run
 
 B, D, FEATURES = 180, 512, 16
 CLASSES, PROCESSES = (10_000, 30_000), (1, 2, 4)
@@ -95,12 +96,17 @@ def measure_processes(count):
     return json.loads(printed.splitlines()[-1])
 
 
+def measure_here():
+    """In each process: prints the rows, once."""
+    init_processes(0)
+    two_steps(100, False)  # what the first step alone takes
+    rows = [measure(C, sharded) for C in CLASSES for sharded in (False, True)[: world_size()]]
+    if rank() == 0:
+        print(json.dumps(rows))
+
+
 if __name__ == "__main__":
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        init_processes(0)
-        two_steps(100, False)  # what the first step alone takes
-        rows = [measure(C, sharded) for C in CLASSES for sharded in (False, True)[: world_size()]]
-        if rank() == 0:
-            print(json.dumps(rows))
+        run(measure_here)
     else:
         report([row for count in PROCESSES for row in measure_processes(count)], __doc__)

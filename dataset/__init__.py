@@ -4,11 +4,11 @@ Each is a module with `read(root) -> {split: [(path, class name)]}` and
 
 KS         of its Recall@K
 PUBLISHED  {split: (images, classes)}
-RECIPE     the flags of its published command that are not every data set's default
+RECIPE     flags of its published command that differ from the defaults
 PAPER      the paper's recalls, in per cent
 FILES      {path under the data root: (MD5, URL or None)} of what dataset.download fetches
 SOURCE     where to get those by hand
-OWN        of users' own images, the flag that says which they are
+OWN        for users' own images: the flag that says which they are
 """
 
 import os
@@ -21,21 +21,20 @@ from dataset.files import on_disk
 from dataset.images import ImageSet
 from utils import UserError, did_you_mean, plural, warn
 
-MODULES = {  # --dataset: the file in this folder
-    "cub": "cub",
-    "cars": "cars",
-    "SOP": "sop",
-    "Inshop": "inshop",
-    "demo": "demo",
-    "folder": "folder",
+DATASETS = {
+    "cub": import_module("dataset.cub"),
+    "cars": import_module("dataset.cars"),
+    "SOP": import_module("dataset.sop"),
+    "Inshop": import_module("dataset.inshop"),
+    "demo": import_module("dataset.demo"),
+    "folder": import_module("dataset.folder"),
 }
-DATASETS = {name: import_module(f"dataset.{module}") for name, module in MODULES.items()}
 ALIASES = {"car": "cars"}  # differs: the script does not know the name its README uses
 CHOICES = f"{', '.join(DATASETS)}, or a list FILE.csv or FILE.tsv"
 
 
 def canonical_name(name):
-    """The one spelling of a data set's name that folders and wandb projects use; a list's path."""
+    """The spelling of a data set's name that folders and wandb projects use; a list's path."""
     if name.lower().endswith(table.SUFFIXES):
         return os.path.normpath(name)
     spellings = {known.lower(): known for known in DATASETS} | ALIASES
@@ -54,98 +53,83 @@ def is_own(name):
 
 
 def title(name):
-    """What a run folder and a wandb project call it: a list by its file's name."""
+    """The name in run folders and wandb projects; of a list, its file's name."""
     return Path(name).stem if module_of(name) is table else canonical_name(name)
 
 
 def ks(name, chosen=None):
-    """The K of Recall@K: the chosen ones, else those for which the data set's is published."""
+    """The K of Recall@K: `chosen`, or else the data set's."""
     return sorted(set(chosen or module_of(name).KS))
 
 
 def read(name, root):
-    """{split: [(path, class name)]}: what the data set's folders or lists name."""
+    """{split: [(path, class name)]}, as the data set's folders or lists name them."""
     module = module_of(name)
-    try:
-        return module.read(name if module is table else root)
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}") from error
+    return module.read(name if module is table else root)
 
 
 def prepare(name, root):
-    """Make what can be made: train.py calls this, the demo draws its images."""
+    """Called before training: the demo draws its images."""
     if hasattr(module_of(name), "prepare"):
         module_of(name).prepare(root)
 
 
 def load(name, root, split, transform=None):
-    """One split of a data set as an ImageSet, in any layout it comes in: `train`, or `test`, which
-    is `query` and then `gallery` where there are those, or `all` that there is.
-
-    Warns where the files found are not the published ones: a subset is a fine thing to train on.
-    Raises UserError when there are none, naming every path tried.
-    """
+    """One split as an ImageSet: `train`, `all`, or `test` (queries, then the gallery, if any)."""
     return image_set(name, read(name, root), split, transform)
 
 
 def image_set(name, splits, split, transform=None):
-    """`load` for what `read` has found."""
-    against_gallery = split == "test" and "gallery" in splits
-    parts = ["query", "gallery"] if against_gallery else list(splits) if split == "all" else [split]
-    items = [on_disk_of(name, splits, part) for part in parts]
-    queries = len(items[0]) if against_gallery else None
-    images = ImageSet([item for part in items for item in part], transform, queries)
+    """`load` for what `read` returned."""
+    has_gallery = split == "test" and "gallery" in splits
+    parts = ["query", "gallery"] if has_gallery else list(splits) if split == "all" else [split]
+    items = [images_on_disk(name, splits, part) for part in parts]
+    images = ImageSet(sum(items, []), transform, len(items[0]) if has_gallery else None)
     if is_own(name):
-        warn_of_oddities(name, split, images, splits)
+        warn_of_odd_classes(f"{title(name)} {split}", images, splits, split)
     return images
 
 
-def on_disk_of(name, splits, part):
-    """The images of a split that are there."""
+def images_on_disk(name, splits, part):
     items, missing = on_disk(splits.get(part, ()))
     if not items:
-        reason = ""
+        reason = f": none of the listed files is there, such as {missing[0]}" if missing else ""
         if part not in splits:
             reason = f", only {' and '.join(splits)}; add some"
             reason += ", or use --train-on all" if part == "test" else ""
-        if missing:
-            reason = f": none of the listed files is there, such as {missing[0]}"
         raise UserError(f"{name} {part}: there are no images{reason}")
-    if difference := unlike_published(name, part, items):
+    if difference := difference_from_published(name, part, items):
         warn(difference)
     return items
 
 
-def unlike_published(name, split, items):
-    """A line that says how the counts differ from the published split's, or None."""
+def difference_from_published(name, split, items):
+    """A line if the numbers of images or classes are not the published ones, or else None."""
     found = (len(items), len({label for _, label in items}))
     published = getattr(module_of(name), "PUBLISHED", {}).get(split, found)
-    if found == published:
-        return None
-    return (
-        f"{name} {split}: found {plural(found[0], 'image')} of {plural(found[1], 'class')}, the "
-        f"published split has {plural(published[0], 'image')} of {plural(published[1], 'class')}"
-    )
+    if found != published:
+        counts = [f"{plural(i, 'image')} of {plural(c, 'class')}" for i, c in (found, published)]
+        return f"{name} {split}: found {counts[0]}, the published split has {counts[1]}"
 
 
-def warn_of_oddities(name, split, images, splits):
-    """What a folder or list of one's own may hold by mistake, by name and count."""
+def warn_of_odd_classes(where, images, splits, split):
+    """Warns of classes in users' own images that are probably a mistake."""
 
-    def say(what, classes):
+    def warn_of(what, classes):
         if classes:
             names = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
-            warn(f"{title(name)} {split}: {plural(len(classes), 'class')} {what}: {names}")
+            warn(f"{where}: {plural(len(classes), 'class')} {what}: {names}")
 
-    labels, classes = images.labels.tolist(), images.classes
-    counts = Counter(labels[images.queries or 0 :])  # of those among which matches are looked for
-    need = 1 if images.queries else 2
-    asked = sorted(set(labels[: images.queries]))
-    unmatched = [classes[label] for label in asked if counts[label] < need]
+    labels = images.labels.tolist()
+    gallery_counts = Counter(labels[images.queries or 0 :])
+    needed = 1 if images.queries else 2  # without a gallery, a query is among its own matches
+    queried = sorted(set(labels[: images.queries]))
+    unmatched = [images.classes[label] for label in queried if gallery_counts[label] < needed]
     if split in ("train", "all"):
-        say("of one image", unmatched)
+        warn_of("of one image", unmatched)
         return
-    say("without a match for a query", unmatched)
-    if len(unmatched) == len(asked):
-        warn(f"{title(name)} {split}: no query has a match, so every recall will be 0")
-    trained = {label for _, label in splits.get("train", ())}
-    say("also in train, so not unseen", [name for name in classes if name in trained])
+    warn_of("without a match for a query", unmatched)
+    if len(unmatched) == len(queried):
+        warn(f"{where}: no query has a match, so every recall will be 0")
+    trained = {name for _, name in splits.get("train", ())}
+    warn_of("also in train, so not unseen", [name for name in images.classes if name in trained])

@@ -1,10 +1,8 @@
 """Cars-196 (Krause et al., 2013): 196 car models, in any of the three forms it was published."""
 
-from functools import partial
-
 from scipy.io import loadmat
 
-from dataset.files import below, class_folders, first_existing, halves, require_size
+from dataset.files import below, class_folders, first_existing, halves
 from utils import UserError
 
 KS = (1, 2, 4, 8, 16, 32)
@@ -23,14 +21,17 @@ LAYOUTS = ("cars_annos.mat", f"devkit/{TRAIN_LIST}", "car_data/car_data/train", 
 
 
 def read(root):
-    """The classes of the whole set in order, the first half of them trains, whichever half of the
-    files their photographer put them in."""
+    """The first half of the classes trains, whichever of the published folders an image is in."""
     candidates = [f"{folder}/{layout}" for folder in FOLDERS for layout in LAYOUTS]
     found = first_existing(root, candidates, "cars")
     if found.name == "cars_annos.mat":
-        items = read_annotations(found)
-    elif found.name == TRAIN_LIST:
-        items = read_devkit(found.parent)
+        items = read_mat([found], found.parent, 0, 5)
+    elif found.name == TRAIN_LIST:  # the later dev-kit
+        items = []
+        for images, name in (("cars_train", TRAIN_LIST), ("cars_test", TEST_LIST)):
+            file = first_existing(found.parent, (name, f"../{name}"), "cars dev-kit")
+            files = [*found.parent.glob("cars_meta.mat"), file]
+            items += read_mat(files, found.parent.parent / images, "fname", "class")
     else:
         items = class_folders(found)
         if (found.parent / "test").is_dir():
@@ -38,55 +39,21 @@ def read(root):
     return halves(items, found)
 
 
-def read_annotations(file):
-    """cars_annos.mat: the path is field 0, the 1-based class field 5; paths are beside it."""
-
-    def parse(mat):
-        annotations = mat["annotations"].ravel()
-        path, label = annotations.dtype.names[0], annotations.dtype.names[5]
-        names = class_names(mat.get("class_names"))
-        return [
-            (below(file.parent, str(row[path].item())), names(int(row[label].item())))
-            for row in annotations
-        ]
-
-    return parse_mat(file, parse)
-
-
-def read_devkit(folder):
-    """The later dev-kit: named fields, one file for each of cars_train/ and cars_test/."""
-    meta = folder / "cars_meta.mat"
-    names = class_names(parse_mat(meta, lambda mat: mat["class_names"]) if meta.exists() else None)
-
-    def parse(images, mat):
-        return [
-            (below(images, str(row["fname"].item())), names(int(row["class"].item())))
-            for row in mat["annotations"].ravel()
-        ]
-
-    items = []
-    for images, name in (("cars_train", TRAIN_LIST), ("cars_test", TEST_LIST)):
-        file = first_existing(folder, (name, f"../{name}"), "cars dev-kit")
-        items += parse_mat(file, partial(parse, folder.parent / images))
-    return items
-
-
-def class_names(cells):
-    """class number -> name, by which classes are sorted: its number, and what MATLAB calls it."""
-    known = [] if cells is None else [str(cell.item()) for cell in cells.ravel()]
-
-    def name(number):
-        if number < 1:
-            raise ValueError("classes are counted from 1")
-        return f"{number:03d} {known[number - 1] if number <= len(known) else ''}".strip()
-
-    return name
-
-
-def parse_mat(file, parse):
-    """What `parse` makes of a .mat file's variables."""
+def read_mat(files, images, path, label):
+    """[(path, class name)] from .mat files, which hold annotations and perhaps class names; `path`
+    and `label` are fields of the annotations."""
+    mat, items = {}, []
     try:
-        require_size(file)
-        return parse(loadmat(file))
+        for file in files:
+            mat |= loadmat(file)
+        cells = mat["class_names"].ravel() if "class_names" in mat else []
+        for row in mat["annotations"].ravel():
+            number = int(row[label].item())
+            if number < 1:
+                raise ValueError("classes are counted from 1")
+            name = cells[number - 1].item() if number <= len(cells) else ""
+            # the number comes first, as classes are sorted by name
+            items.append((below(images, str(row[path].item())), f"{number:03d} {name}".strip()))
     except Exception as error:  # scipy fails in many ways on a damaged file
         raise UserError(f"{file}: not the MATLAB file of Cars ({error})") from error
+    return items

@@ -5,6 +5,8 @@ python -m dataset.check --dataset cub
 
 import hashlib
 import os
+from collections import defaultdict
+from pathlib import Path
 
 from PIL import Image
 
@@ -18,59 +20,49 @@ PROGRAM = "python -m dataset.check"
 
 
 def look_at(path):
-    """(SHA-256 of the file or None, what is wrong with the image or None)."""
+    """(SHA-256 of the file, or None if it is unreadable; its problem or None)."""
+    problem, named = None, Image.registered_extensions().get(Path(path).suffix.lower())
     try:
         with opened(path) as image:
             image.convert("RGB")
-            problem = oddity(path, image)
-        with open(path, "rb") as file:
-            return hashlib.sha256(file.read()).hexdigest(), problem
+            if image.format != named and {image.format, named} != {"JPEG", "MPO"}:  # phones' JPEGs
+                problem = f"{path}: a {image.format} file by another name"
+            elif image.mode == "CMYK" and "icc_profile" in image.info:
+                problem = f"{path}: CMYK, whose colour profile is left aside"
     except UserError as error:
         return None, str(error)
-    except OSError as error:
-        return None, f"{path}: {error.strerror}"
-
-
-def oddity(path, image):
-    """What is read, but not as it says it is, or None."""
-    named = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
-    if named != image.format and {named, image.format} != {"JPEG", "MPO"}:  # a phone's JPEG
-        return f"{path}: a {image.format} file by another name"
-    if image.mode == "CMYK" and "icc_profile" in image.info:
-        return f"{path}: CMYK, whose colour profile is left aside"
-    return None
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest(), problem
 
 
 def check(name, root, workers):
     """All problems of a data set, a line each."""
-    problems, found, seen = [], {}, 0
+    problems, copies, count = [], defaultdict(list), 0
     splits = dataset.read(name, root)
     if dataset.is_own(name):
         for split in ("train", "test") if len(splits) > 1 else splits:
-            dataset.image_set(name, splits, split)  # says what is odd
+            dataset.image_set(name, splits, split)  # warns of odd classes
     for split, listed in splits.items():
         items, missing = on_disk(listed)
-        problems += filter(None, [dataset.unlike_published(name, split, items)])
+        problems.append(dataset.difference_from_published(name, split, items))
         problems += [f"{path}: listed, but not there" for path in missing]
-        paths = [path for path, _ in items]
-        looks = in_parallel(look_at, paths, workers, f"{name} {split}")
-        problems += [problem for _, problem in looks if problem]
-        for (path, class_name), (digest, _) in zip(items, looks):
-            found.setdefault(digest, []).append((path, class_name, split))
-        seen += len(paths)
-    found.pop(None, None)
-    print(f"{name}: looked at {plural(seen, 'image')}")
-    return problems + list(filter(None, map(twins, found.values())))
+        looks = in_parallel(look_at, [path for path, _ in items], workers, f"{name} {split}")
+        for (path, class_name), (digest, problem) in zip(items, looks):
+            problems.append(problem)
+            if digest:
+                copies[digest].append((path, class_name, split))
+        count += len(items)
+    print(f"{name}: looked at {plural(count, 'image')}")
+    problems += map(problem_of_copies, copies.values())
+    return [problem for problem in problems if problem]
 
 
-def twins(copies):
-    """What is wrong with the places, (path, class name, split), of one and the same file."""
-    paths, classes, splits = ([*dict.fromkeys(part)] for part in zip(*copies))
+def problem_of_copies(copies):
+    """copies: [(path, class name, split)] of files with the same bytes."""
+    paths, classes, splits = ([*dict.fromkeys(column)] for column in zip(*copies))
     if len(classes) > 1:
         return f"{', '.join(paths)}: the same file in {len(classes)} classes"
     if "train" in splits and len(splits) > 1:
         return f"{', '.join(paths)}: the same file in {' and '.join(splits)}"
-    return None
 
 
 def main(argv=None):

@@ -21,18 +21,19 @@ NAMES = [name for name, module in dataset.DATASETS.items() if hasattr(module, "F
 CHUNK = 2**20  # bytes
 
 
-def unlike_published(name, root):
-    """How what is under `root` differs from the published data set, in a line; empty if not."""
+def why_incomplete(name, root):
+    """Why the images under `root` are not the published data set; empty if they are."""
     try:
-        there = {split: on_disk(items)[0] for split, items in dataset.read(name, root).items()}
-        lines = (dataset.unlike_published(name, *found) for found in there.items())
-        return "; ".join(filter(None, lines))
+        splits = dataset.read(name, root)
     except UserError as error:
         return str(error)
+    found = {split: on_disk(items)[0] for split, items in splits.items()}
+    lines = (dataset.difference_from_published(name, *split) for split in found.items())
+    return "; ".join(filter(None, lines))
 
 
 def obtain(name, root):
-    """Fetch and unpack what is missing; UserError that says what is to be done by hand."""
+    """Fetch and unpack what is missing; a UserError says what must be done by hand."""
     module = dataset.module_of(name)
     files = {root / path: facts for path, facts in module.FILES.items()}
     needed = {path: facts for path, facts in files.items() if not path.with_suffix("").is_dir()}
@@ -41,12 +42,12 @@ def obtain(name, root):
         raise UserError(f"{reasons}; by hand, get it from {module.SOURCE}, then run this again")
     for archive in (path for path in needed if path.suffix in (".tgz", ".zip")):
         unpack(archive)
-    if difference := unlike_published(name, root):
-        raise UserError(f"{difference}; move away what came of {' and '.join(map(str, files))}")
+    if reason := why_incomplete(name, root):
+        raise UserError(f"{reason}; move away what came of {' and '.join(map(str, files))}")
 
 
 def fetch(path, md5, url):
-    """The reason why the file `path` is not there, or not right; nothing once it is."""
+    """Downloads the file if needed. Why it is missing or damaged, or None."""
     if url is None and not path.exists():
         return f"{path} (MD5 {md5 or 'not known'}) is missing"
     part = path if path.exists() else path.with_name(f"{path.name}.part")
@@ -55,7 +56,7 @@ def fetch(path, md5, url):
             print(f"downloading {url}", flush=True)
             transfer(url, part)
     except (OSError, HTTPException) as error:
-        if getattr(error, "code", None) != 416:  # HTTP's: there is nothing after what we have
+        if getattr(error, "code", None) != 416:  # HTTP: the part is all there is
             return f"{path} (MD5 {md5}) is missing: {url} failed ({error}), run this again to go on"
     if not check_integrity(part, md5):
         return f"{part} is damaged or another file, its MD5 is not {md5}: move it away"
@@ -63,12 +64,12 @@ def fetch(path, md5, url):
 
 
 def transfer(url, part):
-    """Append to `part` what it lacks; a host that cannot continue a file sends it all again."""
+    """Append to `part` what it lacks. A host that cannot continue a file sends all of it."""
     done = part.stat().st_size if part.exists() else 0
-    # torchvision's downloader names itself, too: some hosts refuse Python's own name
+    # some hosts refuse Python's own User-Agent
     request = Request(url, headers={"Range": f"bytes={done}-", "User-Agent": f"DDML/{VERSION}"})
     with urlopen(request, timeout=20) as response:  # seconds without a byte
-        if response.headers.get_content_type() == "text/html":  # it would replace what we have
+        if response.headers.get_content_type() == "text/html":  # must not replace the part
             raise ConnectionError("a web page came instead of the file")
         done = done if response.status == 206 else 0
         rest = response.length or 0  # 0 where the host does not say
@@ -78,14 +79,14 @@ def transfer(url, part):
         with open(part, "ab" if done else "wb") as file:
             for chunk in progress(chunks, rest // CHUNK, f"{part.stem}, MiB"):
                 file.write(chunk)
-        if response.length:  # which reading counts down
+        if response.length:  # the bytes not read
             raise ConnectionError(f"broken off {response.length:,} bytes before the end")
 
 
 def unpack(archive):
-    """An archive's folder, beside it: all of it or nothing, and nothing else that is in there."""
+    """Unpacks the folder named as the archive, beside it: all of it or nothing."""
     folder, temporary = archive.with_suffix(""), archive.with_name(f".{archive.name}.tmp")
-    # the first releases of Python 3.10 and 3.11 have no filter: there, the MD5 alone vouches
+    # early releases of Python 3.10 and 3.11 have no filter; there, only the MD5 protects
     safely = archive.suffix == ".tgz" and hasattr(tarfile, "data_filter")
     print(f"unpacking {archive}, which may then be deleted", flush=True)
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
@@ -108,7 +109,7 @@ def main(argv=None):
         root.mkdir()
     if not root.is_dir():
         raise UserError(f"--data-root {root}: no such folder")
-    if unlike_published(args.name, root):
+    if why_incomplete(args.name, root):
         obtain(args.name, root)
     for split, (images, classes) in dataset.module_of(args.name).PUBLISHED.items():
         print(f"{args.name} {split}: {images:,} images of {classes:,} classes, as published")

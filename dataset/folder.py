@@ -1,4 +1,4 @@
-"""A folder of one's own: train/CLASS/* and test/CLASS/*, or CLASS/*, split by class as CUB is."""
+"""Users' own images: train/CLASS/* and test/CLASS/*, or CLASS/*, half of whose classes train."""
 
 import os
 from pathlib import Path
@@ -17,17 +17,14 @@ def read(root):
     above = folder.resolve().parent
     if folder.resolve().name in ("train", "test") and {"train", "test"} <= {*os.listdir(above)}:
         raise UserError(f"--data-root {root}: is one half of the images; use {above}")
-    halves_there = (folder / "train", folder / "test")
-    splits = [half.name for half in halves_there if any(map(Path.is_dir, half.glob("*")))]
+    splits = [half for half in ("train", "test") if any(map(Path.is_dir, folder.glob(f"{half}/*")))]
+    inside = listing(folder)
     if splits:
-        others = [str(path) for path in listing(folder) if path.name not in splits]
-        if others:
-            what = f"{len(others):,} beside {' and '.join(splits)}, such as {others[0]}"
-            warn(f"{folder}: skipped {what}")
+        if others := [path for path in inside if path.name not in splits]:
+            names = " and ".join(splits)
+            warn(f"{folder}: skipped {len(others):,} beside {names}, such as {others[0]}")
         return {split: class_folders(folder / split) for split in splits}
-    if not any(path.is_dir() for path in listing(folder)):
-        raise UserError(
-            f"--data-root {root}: has no folders in it; images belong into one folder per class: "
-            f"{folder / 'CLASS' / 'NAME.jpg'}"
-        )
+    if not any(path.is_dir() for path in inside):
+        raise UserError(f"--data-root {root}: has no folders in it; images belong into one folder "
+                        f"per class: {folder}/CLASS/NAME.jpg")  # fmt: skip
     return halves(class_folders(folder), folder)

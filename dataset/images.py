@@ -16,8 +16,8 @@ class ImageSet(Dataset):
     def __init__(self, items, transform=None, queries=None):
         self.paths = [path for path, _ in items]
         self.classes = sorted({name for _, name in items})
-        number = {name: label for label, name in enumerate(self.classes)}
-        self.labels = torch.tensor([number[name] for _, name in items])
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        self.labels = torch.tensor([label_of[name] for _, name in items])
         self.transform, self.queries = transform, queries
 
     def __len__(self):
@@ -28,27 +28,24 @@ class ImageSet(Dataset):
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
     def hold_out(self, fraction, fold):
-        """(rest, held): two ImageSets of whole classes, `held` with the `fold`-th (from 0) of the
-        contiguous folds, each `fraction` of the sorted classes; ValueError if there is none."""
-        start, stop = (round(i * fraction * len(self.classes)) for i in (fold, fold + 1))
-        if not 0 <= start < stop <= len(self.classes):
-            raise ValueError(
-                f"hold_out({fraction}, {fold}): no such fold of {len(self.classes)} classes"
-            )
-        names = [self.classes[label] for label in self.labels.tolist()]
-        in_fold = set(self.classes[start:stop])
-        held = [name in in_fold for name in names]
+        """(rest, held): two ImageSets of whole classes. Folds are contiguous, each `fraction` of
+        the sorted classes; `held` has the `fold`-th, from 0. ValueError if there is none."""
+        count, labels = len(self.classes), self.labels.tolist()
+        start, stop = (round(i * fraction * count) for i in (fold, fold + 1))
+        if not 0 <= start < stop <= count:
+            raise ValueError(f"hold_out({fraction}, {fold}): no such fold of {count} classes")
 
         def side(is_held):
-            items = [item for item, h in zip(zip(self.paths, names), held) if h == is_held]
-            queries = self.queries and held[: self.queries].count(is_held)
+            chosen = [i for i, label in enumerate(labels) if (start <= label < stop) == is_held]
+            items = [(self.paths[i], self.classes[labels[i]]) for i in chosen]
+            queries = self.queries and sum(i < self.queries for i in chosen)
             return ImageSet(items, self.transform, queries)
 
         return side(False), side(True)
 
 
 def digest_of_names(sets):
-    """A digest of the names and classes of all images, wherever the data root is."""
+    """A digest of all images' folders, names and classes; the data root does not matter."""
     digest = hashlib.sha256()
     for images in sets:
         for path, label in zip(images.paths, images.labels.tolist()):

@@ -1,14 +1,10 @@
-"""In-Shop Clothes Retrieval (Liu et al., DeepFashion, 2016): 7,982 items; a query's matches are
-looked for in a gallery of its own."""
+"""In-Shop Clothes Retrieval (Liu et al., DeepFashion, 2016): 7,982 items, queries and a gallery."""
 
 from dataset.files import below, first_existing, parse_list
 
 KS = (1, 10, 20, 30, 40, 50)
-PUBLISHED = {  # images, classes
-    "train": (25882, 3997),
-    "query": (14218, 3985),
-    "gallery": (12612, 3985),
-}
+# images, classes
+PUBLISHED = {"train": (25882, 3997), "query": (14218, 3985), "gallery": (12612, 3985)}
 SOURCE = "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html"
 FILES = {  # no MD5 is published that we know of
     "Inshop_Clothes/Img/img.zip": (None, None),

@@ -6,11 +6,9 @@ KS = (1, 10, 100, 1000)
 PUBLISHED = {"train": (59551, 11318), "test": (60502, 11316)}  # images, classes
 RECIPE = {"lr_decay_step": 20, "lr_decay_gamma": 0.25, "bn_freeze": False}
 PAPER = {"R@1": 79.9, "R@10": 91.1, "R@100": 96.2, "R@1000": 98.6}  # per cent
-SOURCE = (
-    "ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip (often down; its page is "
-    "https://cvgl.stanford.edu/projects/lifted_struct/)"
-)
-FILES = {  # not by FTP, where urllib could not go on where it stopped
+SOURCE = ("ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip (often down; its page is "
+          "https://cvgl.stanford.edu/projects/lifted_struct/)")  # fmt: skip
+FILES = {  # not by FTP: urllib cannot resume it
     "Stanford_Online_Products.zip": (
         "7f73d41a2f44250d4779881525aea32e",
         "https://drive.usercontent.google.com/download?id=1TclrpQOF_ullUP99wk_gjGN8pKvtErG8"
@@ -20,7 +18,7 @@ FILES = {  # not by FTP, where urllib could not go on where it stopped
 
 
 def read(root):
-    """In the lists' order; a class's name is its number in them, of five digits."""
+    """A class's name is its number, in five digits."""
     return {split: read_list(root, f"Ebay_{split}.txt") for split in ("train", "test")}
 
 

@@ -1,10 +1,10 @@
-"""A list of one's own: FILE.csv or FILE.tsv with the columns path, label and, if wanted, split."""
+"""A user's own list: FILE.csv or FILE.tsv with the columns path, label and, if wanted, split."""
 
 import csv
 import os
 from pathlib import Path
 
-from dataset.files import halves, on_disk, require_size
+from dataset.files import halves, on_disk
 from utils import UserError, plural
 
 SUFFIXES = (".csv", ".tsv")
@@ -17,18 +17,13 @@ def read(file, all_there=True):
     """Paths are relative to the file. Without a split, the first half of the labels trains."""
     file = Path(file)
     try:
-        require_size(file)
         with open(file, encoding="utf-8-sig", newline="") as text:
-            rows = csv.DictReader(text, delimiter="\t" if file.suffix.lower() == ".tsv" else ",",
-                                  strict=True)  # fmt: skip
-            splits, line_of = parse(file, rows)
+            splits, line_of = parse(file, text)
     except FileNotFoundError:
         raise UserError(f"--dataset {file}: no such file") from None
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file}: not a list that can be read; save it as text in UTF-8 ({error})"
-        ) from error
-    _, missing = on_disk([item for items in splits.values() for item in items])
+        raise UserError(f"{file}: not a list; save it as text in UTF-8 ({error})") from error
+    _, missing = on_disk([(path, "") for path in line_of])
     if missing and all_there:
         such_as = ", ".join(f"line {line_of[path]} {path}" for path in missing[:5])
         raise UserError(f"{file}: {plural(len(missing), 'listed file')} not there: {such_as}; "
@@ -36,9 +31,11 @@ def read(file, all_there=True):
     return halves(splits[""], file) if "" in splits else splits
 
 
-def parse(file, rows):
-    """{split: [(path, label)]}, the split "" where there is no such column, and {path: line}."""
+def parse(file, text):
+    """{split: [(path, label)]}, with the split "" if there is no such column; {path: line}."""
     splits, line_of = {}, {}
+    delimiter, name = ("\t", "tabs") if file.suffix.lower() == ".tsv" else (",", "commas")
+    rows = csv.DictReader(text, delimiter=delimiter, strict=True)
 
     def refuse(reason):
         raise UserError(f"{file}, line {rows.line_num}: {reason}")
@@ -46,11 +43,8 @@ def parse(file, rows):
     try:
         columns = rows.fieldnames or []
         if not {"path", "label"} <= set(columns) or len({*columns}) < len(columns):
-            refuse(
-                f"the header must name the columns path, label and, if wanted, split, with "
-                f"{'tabs' if file.suffix.lower() == '.tsv' else 'commas'} between them; it names "
-                f"{', '.join(columns) or 'none'}"
-            )
+            refuse("the header must name the columns path, label and, if wanted, split, with "
+                   f"{name} between them; it names {', '.join(columns) or 'none'}")  # fmt: skip
         for row in rows:
             if None in row or None in row.values():
                 refuse(f"must have {len(columns)} fields, as the header has")
@@ -59,9 +53,10 @@ def parse(file, rows):
                 refuse("the path or the label is empty; fill it in, or delete the line")
             if "split" in row and not any(split in allowed for allowed in SPLITS):
                 refuse(f"the split is {split!r}, must be train, test, query or gallery")
-            path = inside(file.parent, row["path"])
-            if path is None:
+            path = os.path.relpath(file.parent / row["path"], file.parent)
+            if path.startswith(".."):
                 refuse(f"{row['path']} is not below {file.parent}; keep the list above its images")
+            path = os.path.join(file.parent, path)
             if path in line_of:
                 refuse(f"{row['path']} is in line {line_of[path]} already; delete one of them")
             line_of[path] = rows.line_num
@@ -74,9 +69,3 @@ def parse(file, rows):
         raise UserError(f"{file}: has the splits {', '.join(splits)}; use train and test, or "
                         "train, query and gallery")  # fmt: skip
     return splits, line_of
-
-
-def inside(folder, path):
-    """The path of a file below `folder`, given as it is or relative to it; else None."""
-    relative = os.path.relpath(os.path.join(folder.absolute(), path), folder.absolute())
-    return None if relative.startswith("..") else os.path.join(folder, relative)

@@ -1,4 +1,4 @@
-"""--cache: decoded images, so that a JPEG is decoded once and not in every epoch."""
+"""--cache: each image is decoded once, not once per epoch."""
 
 import contextlib
 import os
@@ -19,13 +19,10 @@ CPU = torch.device("cpu")
 
 
 class Cache:
-    """Every image, under its path: a drop-in for `read_image`.
+    """A drop-in for `read_image`. `file` holds the RGB bytes of images of these sizes, int64
+    [N, 2], one after another, in memory that all workers share."""
 
-    `file` has the RGB bytes of the images of these sizes, int64 [N, 2], one after another. Its
-    memory is the kernel's: all workers share it.
-    """
-
-    def __init__(self, file, paths, sizes):
+    def __init__(self, file, sizes, paths):
         starts = start_of_each(sizes).tolist()
         self.file, self.images = file, dict(zip(paths, zip(starts, sizes.tolist())))
 
@@ -37,94 +34,81 @@ class Cache:
 
 
 def start_of_each(sizes):
-    """[N + 1] where each image of these sizes [N, 2] begins, and the last ends."""
+    """[N + 1]: the first byte of each image of these sizes [N, 2], then the end of the last."""
     return np.concatenate([[0], 3 * sizes.prod(axis=1).cumsum()])
 
 
 def cache_in_memory(paths, workers):
     """The Cache of these images, decoded by `workers` processes; UserError if it does not fit."""
-    file, sizes = decoded("ram", paths, workers)
-    return Cache(file, paths, sizes)
+    return Cache(*decoded("ram", paths, workers), paths)
 
 
 def read_from_memory(sets, workers):
-    """--cache ram: decode all images of the sets once, into memory that all processes share; what
-    reads them from there."""
+    """--cache ram: one Cache of all images of the sets, shared by all processes of a machine."""
     paths = [path for images in sets for path in images.paths]
     return once_a_machine(partial(cache_in_memory, paths, workers))
 
 
-def keep_on_device(images, train_batches, test_batches, loading):
-    """--cache gpu: the same batches of two loaders, the second of which may be None, from the
-    memory of a device: of the train `images` all pixels, of the test images their crops."""
-    device, tested = loading.device, len(test_batches.sampler) if test_batches else 0
-    more = 3 * loading.size**2 * tested
-    file, sizes = once_a_machine(
-        partial(decoded, "gpu", images.paths, loading.workers, device, more)
-    )
+def keep_on_device(images, train_loader, test_loader, loading):
+    """--cache gpu: the batches of both loaders (test_loader may be None) from a device's memory,
+    which keeps all pixels of the train `images` and the crops of the test images."""
+    device, workers = loading.device, loading.workers
+    more = 3 * loading.size**2 * len(test_loader.sampler) if test_loader else 0
+    file, sizes = once_a_machine(partial(decoded, "gpu", images.paths, workers, device, more))
     starts = start_of_each(sizes)
     pixels = torch.from_file(file, shared=True, size=int(starts[-1]), dtype=torch.uint8).to(device)
     all_reduce_max(0)  # every rank has opened the file
-    if file.startswith(f"/proc/{os.getpid()}/"):  # from GPUs the images leave this machine's memory
+    if file.startswith(f"/proc/{os.getpid()}/"):  # with GPUs, this frees the machine's memory
         os.close(int(Path(file).name))
-    kept = DeviceBatches(train_batches.batch_sampler, images.labels, pixels, starts, sizes, loading)
-    if test_batches:
-        cropped = batches(test_batches, device)
-        test_batches = list(progress(cropped, len(test_batches), "cropping test images"))
-    return kept, test_batches
+    kept = DeviceBatches(train_loader.batch_sampler, images.labels, pixels, starts, sizes, loading)
+    if not test_loader:
+        return kept, None
+    return kept, list(progress(batches(test_loader, device), len(test_loader), "test images"))
 
 
 def decoded(cache, paths, workers, device=CPU, more=0):
-    """(file in memory with the pixels of these images, one after another, their sizes); UserError
-    if they and as many bytes `more` do not fit there, or on the device."""
+    """(file in memory with the images' RGB bytes, one after another; their sizes [N, 2]). UserError
+    if they and `more` bytes do not fit into the machine's and the device's memory."""
     if not hasattr(os, "memfd_create"):
         raise UserError(f"--cache {cache}: this needs Linux")
     sizes = np.array(in_parallel(size_of, paths, workers, "sizes of images"))
     starts = start_of_each(sizes)
     needed = int(starts[-1]) + more
     what = f"{plural(len(paths), 'image')}, {needed / 2**30:.1f} GiB decoded"
-    for place in (CPU, device):  # a GPU's images are decoded on its machine
+    for place, kind, instead in (CPU, "memory", "none"), (device, "GPU memory", "ram"):
         if (free := available_memory(place)) < needed:
-            gpu = place.type == "cuda"
-            kind, instead = ("GPU memory", "ram") if gpu else ("memory", "none")
             raise UserError(
                 f"--cache {cache}: {what}, and {free / 2**30:.1f} GiB of {kind} are free, "
                 f"{(needed - free) / 2**30:.3g} GiB too few; use --cache {instead}"
             )
     say(f"--cache {cache}: {what}")
-    descriptor = os.memfd_create("decoded images")
     # the file has no name and is gone with this process; others reach it by this path
-    file = f"/proc/{os.getpid()}/fd/{descriptor}"
+    file = f"/proc/{os.getpid()}/fd/{os.memfd_create('decoded images')}"
     os.truncate(file, starts[-1])
-    jobs = [(file, *job) for job in zip(paths, sizes.tolist(), starts.tolist())]
+    jobs = [(file, *job) for job in zip(paths, starts.tolist())]
     in_parallel(decode, jobs, workers, "decoding images")
     return file, sizes
 
 
 def decode(job):
-    """Write an image where it belongs."""
-    file, path, size, start = job
+    """Write an image's RGB bytes at its place in the file."""
+    file, path, start = job
     image = read_image(path)
-    if list(image.size) != size:
-        raise UserError(f"{path}: changed while it was decoded")
     with open(file, "r+b") as out:
         out.seek(start)
         out.write(image.tobytes())
 
 
 def available_memory(device=CPU):
-    """Bytes that can be had: of a GPU's memory, or else, without swapping, of the machine's, and
-    this container's if that is less."""
+    """Free bytes: of a GPU, or of the machine without swapping, within the container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    machine = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(machine["MemAvailable"].split()[0]) * 1024
     with contextlib.suppress(OSError, ValueError):  # no cgroup, or one without a limit
-        limit, used, parts = (
-            Path("/sys/fs/cgroup", f"memory.{name}").read_text()
-            for name in ("max", "current", "stat")
-        )
+        limit, used, parts = (Path(f"/sys/fs/cgroup/memory.{name}").read_text()
+                              for name in ("max", "current", "stat"))  # fmt: skip
         parts = dict(line.split() for line in parts.splitlines())
-        files = int(parts["file"]) - int(parts["shmem"])  # these make room when it is needed
-        available.append(int(limit) - int(used) + files)
-    return min(available)
+        files = int(parts["file"]) - int(parts["shmem"])  # the kernel can drop these
+        available = min(available, int(limit) - int(used) + files)
+    return available

@@ -1,4 +1,4 @@
-"""Loading in processes: the batches of training and of evaluation, and any work on many files."""
+"""Loading in worker processes: batches for training and evaluation, and any work on many files."""
 
 import os
 import warnings
@@ -15,7 +15,7 @@ from loading.augment import crop_and_flip, draw, resize_and_crop
 from loading.sampler import EpochBatches
 from utils import UserError, plural, progress, stream_of_copies, warn
 
-# The number of workers is the user's choice, and the published default is 4.
+# the number of workers is the user's choice
 warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
 
 
@@ -26,18 +26,14 @@ class Loading(NamedTuple):
     workers: int
     device: torch.device
     interpolation: str = "bilinear"
-    read: Callable = read_image  # path -> RGB image; or from a loading.cache.Cache
+    read: Callable = read_image  # path -> RGB image; or a loading.cache.Cache
 
 
 class Work(Dataset):
-    """Item `key` is function(key), or the UserError that it raises: raised in a worker it would
-    arrive as a traceback."""
+    """Item `key` is function(key), or its UserError, which a worker would raise as a traceback."""
 
-    def __init__(self, function, count=None):
-        self.function, self.count = function, count
-
-    def __len__(self):
-        return self.count
+    def __init__(self, function):
+        self.function = function
 
     def __getitem__(self, key):
         try:
@@ -47,21 +43,20 @@ class Work(Dataset):
 
 
 def collate(items, combine=default_collate):
-    """(batch of the items, or None without any; [UserError])."""
+    """(batch of the items, or None if there are none; [UserError])."""
     errors = [item for item in items if isinstance(item, UserError)]
     good = [item for item in items if not isinstance(item, UserError)]
     return combine(good) if good else None, errors
 
 
 def leave_signals_to_parent(worker):
-    """A terminal's Ctrl-C goes to a whole session: the death of a worker would break off what the
-    parent is about to finish. A worker whose parent is gone ends by itself, within seconds."""
+    """Ctrl-C must not kill workers that the parent needs to finish its step."""
     os.setsid()
 
 
-def make_loader(work, workers, device, collate=collate, **batching):
+def make_loader(function, workers, device, collate=collate, **batching):
     return DataLoader(
-        work,
+        Work(function),
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -75,15 +70,14 @@ def make_loader(work, workers, device, collate=collate, **batching):
 def train_loader(images, batch_size, seed, loading, images_per_class=None):
     """Seeded, augmented batches; call `loader.batch_sampler.set_epoch` before each epoch."""
     keys = EpochBatches(images, batch_size, seed, images_per_class)
-    work = Work(partial(augmented, images, loading))
-    return make_loader(work, loading.workers, loading.device, batch_sampler=keys)
+    function = partial(augmented, images, loading)
+    return make_loader(function, loading.workers, loading.device, batch_sampler=keys)
 
 
 def augmented(images, loading, key):
     index, numbers = key
     image = loading.read(images.paths[index])
-    box, flip = draw(numbers, image.size)
-    pixels = crop_and_flip(image, box, flip, loading.size, loading.interpolation)
+    pixels = crop_and_flip(image, *draw(numbers, image.size), loading.size, loading.interpolation)
     return pixels, images.labels[index], index
 
 
@@ -92,9 +86,12 @@ def test_loader(images, batch_size, loading):
     if len(images) < world_size():
         raise UserError(f"{plural(len(images), 'test image')}: fewer than the {world_size()} "
                         "processes that share them; start fewer")  # fmt: skip
-    work = Work(partial(centred, images, loading), len(images))
     rows = rows_of_this_rank(range(len(images)))
-    return make_loader(work, loading.workers, loading.device, batch_size=batch_size, sampler=rows)
+    return make_loader(partial(centred, images, loading), loading.workers, loading.device,
+                       batch_size=batch_size, sampler=rows)  # fmt: skip
+
+
+test_loader.__test__ = False  # not a test of pytest
 
 
 def centred(images, loading, index):
@@ -103,13 +100,9 @@ def centred(images, loading, index):
     return pixels, images.labels[index], index
 
 
-test_loader.__test__ = False  # no test of pytest's
-
-
 def batches(loader, device, skip=False):
-    """(pixels uint8 RGB [B, H, W, 3], labels [B], index [B] of the images) on `device`. An image
-    that cannot be read is a UserError or, to `skip`, a warning. To a GPU they are copied while it
-    computes."""
+    """(pixels uint8 RGB [B, H, W, 3], labels [B], index [B] of the images) on `device`. A GPU
+    computes while they are copied. With `skip`, unreadable images are warned of and left out."""
     copying = stream_of_copies(device)
     for batch in good(loader, skip):
         with torch.cuda.stream(copying):
@@ -117,21 +110,21 @@ def batches(loader, device, skip=False):
         if copying:
             computing = torch.cuda.current_stream(device)
             computing.wait_stream(copying)
-            for x in batch:  # else their memory would be free for the next copy before it is read
+            for x in batch:  # else the next copy could overwrite it before it is read
                 x.record_stream(computing)
         yield batch
 
 
 def good(loader, skip=False):
-    """What `collate` has combined."""
+    """The loader's batches; a UserError, or with `skip` a warning, for what failed."""
     if not isinstance(loader, DataLoader):  # --cache gpu: made on the device
         yield from loader
         return
     for batch, errors in loader:
         for error in errors:
             if not skip:
-                # A new one: raising `error` itself would make a cycle with this frame, and the
-                # loader in it would be collected before its workers are told to stop.
+                # `error` itself would make a cycle with this frame: the loader would be collected
+                # before its workers are told to stop
                 hint = "; replace it; `python -m dataset.check` lists all such files"
                 raise type(error)(f"{error}{hint if isinstance(error, UnreadableImage) else ''}")
             warn(f"skipped {error}")
@@ -140,12 +133,7 @@ def good(loader, skip=False):
 
 
 def in_parallel(function, items, workers, label):
-    """[function(item) for each item], in order, by `workers` processes; shows the progress."""
-    work = Work(partial(call, function, items), len(items))
-    cpu = torch.device("cpu")
-    loader = make_loader(work, workers, cpu, collate=partial(collate, combine=list), batch_size=16)
+    """[function(item) for each item], by `workers` processes, with a progress bar."""
+    loader = make_loader(function, workers, torch.device("cpu"), partial(collate, combine=list),
+                         batch_size=16, sampler=items)  # fmt: skip
     return [result for batch in progress(good(loader), len(loader), label) for result in batch]
-
-
-def call(function, items, index):
-    return function(items[index])

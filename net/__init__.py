@@ -1,30 +1,22 @@
 """The embedding network: a backbone, its pooling, the one or two linear heads."""
 
-import contextlib
 import copy
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from losses import l2_normalize
 from net.backbones import BACKBONES, TIMM, create_backbone
-from net.weights import load_strictly, load_weights
+from net.weights import load_strictly, load_weights, network_of
 from storage import read_checkpoint
 from utils import UserError, did_you_mean
 
 
 class EmbeddingNet(nn.Module):
-    """The network's input [B, 3, H, W] -> what the loss reads; `embed` gives what retrieval reads,
-    and `prepare` makes the input.
-
-    With `disent` a head's columns are [mu | s]: the mean, and the raw scale of the
-    distribution that DDML samples from (AAAI 2025). The heads are stored as
-    `model.embedding*`, beside the backbone's layers, as in the published checkpoints.
-
-    Of `precision`, bf16 is the network's own affair: the backbone's maps are bfloat16, from its
-    input to the last of them. Parameters, pooling and heads stay float32: a head in bfloat16 would
-    double the error of mu. tf32 is a setting of the process (`utils.set_precision`).
-    """
+    """disent: a head's columns are [mu | s], mean and raw scale of what DDML samples from.
+    Heads are stored as `model.embedding*`, as in the published checkpoints.
+    bf16: maps in bfloat16, the rest in float32; a bfloat16 head doubles the error of mu."""
 
     def __init__(self, name, embedding_size, disent, l2_norm, precision="fp32"):
         super().__init__()
@@ -55,9 +47,8 @@ class EmbeddingNet(nn.Module):
         return [getattr(self.model, name) for name in names]
 
     def num_features(self, size):
-        """F, the columns that the backbone gives for images of this size; UserError if it cannot
-        take them. Computes nothing: tensors on the meta device are shapes."""
-        shadow = copy.deepcopy(self.model).eval().to("meta")
+        """F of the features [B, F]; UserError if the backbone cannot take images of this size."""
+        shadow = copy.deepcopy(self.model).eval().to("meta")  # computes shapes alone
         try:
             features = self.backbone.pool(shadow, torch.zeros(1, 3, size, size, device="meta"))
         except (AssertionError, RuntimeError, ValueError) as error:
@@ -76,10 +67,8 @@ class EmbeddingNet(nn.Module):
 
     def pool(self, images):
         """The backbone's features [B, F]."""
-        maps = contextlib.nullcontext()
-        if self.precision == "bf16":
-            maps = torch.autocast(images.device.type, torch.bfloat16)
-        with maps:
+        bf16 = self.precision == "bf16"
+        with torch.autocast(images.device.type, torch.bfloat16) if bf16 else nullcontext():
             features = self.backbone.pool(self.model, images)
         return features.to(self.model.embedding.weight.dtype)
 
@@ -101,8 +90,7 @@ class EmbeddingNet(nn.Module):
 
 
 def compile_backbone(model, mode=True):
-    """Compile backbone and pooling, which take the time, to train and to embed; `mode` is one of
-    torch.compile's, or True for its usual one. The module stays: weights keep their names."""
+    """Compile backbone and pooling; weights keep their names. mode: torch.compile's, or True."""
     pool = torch.compile(model.pool, dynamic=False, mode=None if mode is True else mode)
 
     def compiled(images):
@@ -121,40 +109,20 @@ CHOICES = f"{', '.join(BACKBONES)} or {TIMM}NAME"
 def model_name(name):
     """--model's type: a row of BACKBONES, or timm/NAME."""
     if name not in BACKBONES and not name.startswith(TIMM):
-        near = did_you_mean(name, BACKBONES)
-        raise UserError(f"--model {name}: choose from {CHOICES}{near}")
+        raise UserError(f"--model {name}: choose from {CHOICES}{did_you_mean(name, BACKBONES)}")
     return name
 
 
-def create_model(
-    name, embedding_size, disent=False, l2_norm=True, weights=None, precision="fp32"
-):  # fmt: skip
-    """Build a network; `weights` is None or "none" (random), "imagenet" (downloaded), or a
-    checkpoint's path; `precision` as in EmbeddingNet."""
+def create_model(name, embedding_size, disent=False, l2_norm=True, weights=None, precision="fp32"):
+    """weights: None or "none" (random), "imagenet" (downloaded), or the path of a file."""
     model = EmbeddingNet(model_name(name), embedding_size, disent, l2_norm, precision)
     if weights not in (None, "none"):
         load_weights(model, weights)
     return model
 
 
-def network_of(checkpoint, path):
-    """(state dict, {flag: value}) of a checkpoint's network: its flags are those stored, or, in a
-    published one, what the weights' shapes tell."""
-    state, stored = checkpoint.get("model_state_dict"), checkpoint.get("args", {})
-    if not isinstance(state, dict) or not isinstance(stored, dict):
-        raise UserError(f"{path}: not a checkpoint: it has no model_state_dict, or odd flags")
-    disent = "model.embedding_specific.weight" in state
-    shape = getattr(state.get("model.embedding.weight"), "shape", ())
-    if len(shape) != 2:
-        raise UserError(f"{path}: not a checkpoint: it has no model.embedding.weight")
-    flags = {"model": "bn_inception", "l2_norm": True, "precision": "fp32",
-             "embedding_size": shape[0] // 2 if disent else shape[0]}  # fmt: skip
-    return state, flags | stored | {"disent": disent}
-
-
 def network_from(checkpoint, path, **flags):
-    """The network of a checkpoint that was read from `path`, to embed with (eval mode); `flags`
-    replace those that it was trained with."""
+    """A checkpoint's network in eval mode; `flags` replace those that it was trained with."""
     state, stored = network_of(checkpoint, path)
     names = ("embedding_size", "disent", "l2_norm", "precision")
     chosen = stored | {name: value for name, value in flags.items() if value is not None}

@@ -9,7 +9,7 @@ from torch import nn
 
 from losses import at_least_float32
 from net.bn_inception import BNInception
-from net.weights import download
+from net.weights import OR_RANDOM, download
 from storage import read_checkpoint
 from utils import UserError, did_you_mean
 
@@ -45,8 +45,7 @@ def bn_inception():
 
 
 def torchvision(name, unused=(), **facts):
-    """One of torchvision.models, whose layers follow each other up to its average pooling; the
-    classifier is kept, never used."""
+    """One of torchvision.models: its layers up to average pooling; the classifier is never used."""
     from torchvision import models  # takes seconds, and only these need it
 
     url = models.get_model_weights(name)["IMAGENET1K_V1"].url
@@ -95,10 +94,8 @@ def timm_model(name):
         try:
             return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
         except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"--weights imagenet: timm cannot get those of {name} ({error}); pass a file with "
-                "--weights PATH, or train from random weights with --weights none"
-            ) from error
+            raise UserError(f"--weights imagenet: timm cannot get those of {name} ({error}); pass "
+                            f"a file with --weights PATH, {OR_RANDOM}") from error  # fmt: skip
 
     facts = network.pretrained_cfg
     classifiers = facts.get("classifier") or ()  # one name, or several

@@ -57,8 +57,7 @@ class BNInception(nn.Module):
         conv, bn = getattr(self, name), getattr(self, f"{name}_bn")
         if bn.training:
             return F.relu(bn(conv(x)), inplace=True)
-        # Frozen, it is an affine map of each channel, folded into the convolution: that saves a
-        # pass over the maps, and all four parameters get their gradients through it.
+        # frozen BatchNorm is affine: folded into the convolution, it costs no pass over the maps
         scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
         weight = conv.weight * scale.view(-1, 1, 1, 1)
         bias = (conv.bias - bn.running_mean) * scale + bn.bias
@@ -66,10 +65,7 @@ class BNInception(nn.Module):
 
     def _block(self, x, name, downsample, pool):
         branches = [] if downsample else [self._conv(f"{name}_1x1", x)]
-        for chain in (
-            ("3x3_reduce", "3x3"),
-            ("double_3x3_reduce", "double_3x3_1", "double_3x3_2"),
-        ):
+        for chain in (("3x3_reduce", "3x3"), ("double_3x3_reduce", "double_3x3_1", "double_3x3_2")):
             y = x
             for layer in chain:
                 y = self._conv(f"{name}_{layer}", y)
@@ -82,8 +78,7 @@ class BNInception(nn.Module):
         return torch.cat(branches, dim=1)
 
     def features(self, images):
-        # Maps are halved by convolutions, which round up, and by pooling, which rounds up from one
-        # pixel less: only even sides can be joined.
+        # convolutions and pooling halve an odd side to different sizes, which cannot be joined
         if min(images.shape[2:]) < 31 or any((side + 1) % 32 >= 8 for side in images.shape[2:]):
             raise ValueError("BN-Inception takes multiples of 32 and up to 6 pixels more")
         x = F.max_pool2d(self._conv("conv1_7x7_s2", images), 3, 2, ceil_mode=True)

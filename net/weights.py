@@ -10,16 +10,13 @@ from storage import read_checkpoint
 from utils import UserError
 
 CONNECT_SECONDS = 20  # BN-Inception's host is often down, and torch.hub would wait for minutes
+OR_RANDOM = "or train from random weights with --weights none"
 
 
 def download(url, sha256):
-    """Path of an ImageNet file, from torch.hub's cache or else its host. `sha256` may be the first
-    digits alone, as in the names of torchvision's files."""
+    """Path of an ImageNet file in torch.hub's cache; sha256: its digits, or the first of them."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    elsewhere = (
-        "get that file elsewhere and pass it as --weights PATH, "
-        "or train from random weights with --weights none"
-    )
+    elsewhere = f"get that file elsewhere and pass it as --weights PATH, {OR_RANDOM}"
     if not path.exists():
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(CONNECT_SECONDS)
@@ -27,23 +24,19 @@ def download(url, sha256):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"--weights imagenet: not in {path}, and {url} failed ({error}); {elsewhere}"
-            ) from error
+            reason = f"not in {path}, and {url} failed ({error})"
+            raise UserError(f"--weights imagenet: {reason}; {elsewhere}") from error
         finally:
             socket.setdefaulttimeout(timeout)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(sha256):
-        raise UserError(
-            f"--weights imagenet: {path} is damaged (its SHA-256 is {digest}, not "
-            f"{sha256}); delete it to download it again, or {elsewhere}"
-        )
+        raise UserError(f"--weights imagenet: {path} is damaged (its SHA-256 is {digest}, not "
+                        f"{sha256}); delete it to download it again, or {elsewhere}")  # fmt: skip
     return path
 
 
 def load_weights(model, weights):
-    """Load "imagenet", a file with a backbone's weights alone, a published checkpoint or one of
-    ours into `model`."""
+    """weights: "imagenet", or the path of a backbone's weights or of a checkpoint."""
     if weights == "imagenet":
         if model.backbone.imagenet is None:
             raise UserError(f"--weights imagenet: there are none for {model.name}")
@@ -51,34 +44,26 @@ def load_weights(model, weights):
     else:
         checkpoint = read_checkpoint(weights)
         state = checkpoint.get("model_state_dict", checkpoint)
-    if isinstance(state, dict) and not any(str(name).startswith("model.") for name in state):
+    if not any(str(name).startswith("model.") for name in state):
         state = from_backbone(state, model)
     load_strictly(model, state, weights)
 
 
 def from_backbone(file, model):
-    """A backbone's own file under our names: without `model.`, heads and, where the backbone has
-    none, the classifier; BN-Inception's may lack counters and has tensors of shape [1, ...]."""
-    expected, state = model.state_dict(), {}
-    for name, tensor in file.items():
-        if model.backbone.unused and str(name).startswith(model.backbone.unused):
-            continue
-        name = f"model.{name}"
-        shape = getattr(tensor, "shape", None)
-        if name in expected and shape == (1, *expected[name].shape):
-            tensor = tensor.squeeze(0)
-        state[name] = tensor
-    for name, tensor in expected.items():
+    """A backbone's own file under our names, with our heads, and without the classifier if `model`
+    has none; BN-Inception's file lacks counters and has tensors of shape [1, ...]."""
+    used = (name for name in file if not str(name).startswith(model.backbone.unused))
+    state = {f"model.{name}": file[name] for name in used}
+    for name, tensor in model.state_dict().items():
         if name.startswith("model.embedding") or name.endswith("num_batches_tracked"):
             state.setdefault(name, tensor)
+        if getattr(state.get(name), "shape", None) == (1, *tensor.shape):
+            state[name] = state[name].squeeze(0)
     return state
 
 
 def load_strictly(module, state, path):
-    """`module.load_state_dict`, with every key that does not fit named in one line (differs: the
-    script loads what fits)."""
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: model_state_dict is not a dictionary of tensors")
+    """load_state_dict; what does not fit is named. (differs: the script loads what fits)"""
     expected = module.state_dict()
     misshapen = []
     for name in expected.keys() & state.keys():
@@ -86,20 +71,28 @@ def load_strictly(module, state, path):
         if shape != expected[name].shape:
             found = tuple(shape) if shape is not None else type(state[name]).__name__
             misshapen.append(f"{name} {found} instead of {tuple(expected[name].shape)}")
-    problems = {
-        "missing": expected.keys() - state.keys(),
-        "unexpected": state.keys() - expected.keys(),
-        "misshapen": misshapen,
-    }
-    listed = [f"{kind} {_some(keys)}" for kind, keys in problems.items() if keys]
+    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    listed = [f"{kind} {some(keys)}" for kind, keys in problems.items() if keys]
     if listed:
         raise UserError(f"{path}: not the weights of this network: {'; '.join(listed)}")
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:  # sparse, quantised or empty shells of tensors
-        raise UserError(f"{path}: tensors that cannot be loaded ({error})") from error
+    module.load_state_dict(state)
 
 
-def _some(keys, most=20):
+def some(keys, most=20):
     keys = sorted(map(str, keys))
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def network_of(checkpoint, path):
+    """(state dict, {flag: value}); without stored flags, as published, the shapes tell them."""
+    state, stored = checkpoint.get("model_state_dict"), checkpoint.get("args", {})
+    if not isinstance(state, dict) or not isinstance(stored, dict):
+        raise UserError(f"{path}: not a checkpoint: it has no model_state_dict, or odd flags")
+    disent = "model.embedding_specific.weight" in state
+    shape = getattr(state.get("model.embedding.weight"), "shape", ())
+    if len(shape) != 2:
+        raise UserError(f"{path}: not a checkpoint: it has no model.embedding.weight")
+    flags = {"model": "bn_inception", "l2_norm": True, "precision": "fp32",
+             "embedding_size": shape[0] // 2 if disent else shape[0]}  # fmt: skip
+    return state, flags | stored | {"disent": disent}

@@ -6,8 +6,8 @@ from utils import UserError
 
 
 def embed(model, batches):
-    """embeddings [N, d], L2-normalised, and labels [N] of all batches (pixels, labels, ...), in
-    their order. Leaves `model` in eval mode. UserError where an embedding is not finite."""
+    """L2-normalised embeddings [N, d] and labels [N] of batches (pixels, labels, ...), in their
+    order. Leaves `model` in eval mode."""
     model.eval()
     device = model.mean.device
     embeddings = [torch.empty(0, model.embedding_size, device=device)]

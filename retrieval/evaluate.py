@@ -7,7 +7,7 @@ import torch
 from distributed import all_gather
 from loading.loader import batches
 from retrieval.embed import embed
-from retrieval.metrics import hits_at_k, precision_at_r
+from retrieval.metrics import fractions, hits_at_k, precision_at_r
 from utils import plural, progress
 
 
@@ -18,18 +18,17 @@ class Retrieved(NamedTuple):
 
 
 def evaluate(model, loader, ks, queries=None, at_r=False, watch=iter):
-    """What `model` retrieves among the loader's images: each among all others, or the first
-    `queries` among the rest. `at_r`: MAP@R and R-Precision too; `watch` goes around the batches.
-    Leaves `model` in eval mode."""
-    tested = progress(watch(batches(loader, model.mean.device)), len(loader), "evaluating")
-    embeddings, labels = map(all_gather, embed(model, tested))
-    sides = (embeddings, labels), ()
+    """Embed the loader's images and retrieve. The first `queries` images are queries, the rest the
+    gallery; None: each image queries all others. `at_r`: MAP@R and R-Precision too; `watch` wraps
+    the batches. Leaves `model` in eval mode."""
+    loaded = progress(watch(batches(loader, model.mean.device)), len(loader), "evaluating")
+    embeddings, labels = map(all_gather, embed(model, loaded))
+    query, gallery = (embeddings, labels), ()
     if queries is not None:
-        sides = ((embeddings[:queries], labels[:queries]),
-                 (embeddings[queries:], labels[queries:]))  # fmt: skip
-    query, gallery = sides
+        query = embeddings[:queries], labels[:queries]
+        gallery = embeddings[queries:], labels[queries:]
     hits = hits_at_k(*query, ks, *gallery)
-    scores = {f"R@{k}": hit.sum().item() / len(hit) for k, hit in hits.items()}
+    scores = {f"R@{k}": fraction for k, fraction in fractions(hits).items()}
     if at_r:
         scores |= precision_at_r(*query, *gallery)
     return Retrieved(scores, embeddings, hits)
@@ -37,12 +36,12 @@ def evaluate(model, loader, ks, queries=None, at_r=False, watch=iter):
 
 def describe(name, images):
     """One line about a split, with the R@1 that random embeddings would have."""
-    labels, q = images.labels, images.queries
-    itself = int(q is None)  # a match that does not count
-    gallery = labels[q or 0 :]
-    matches = gallery.bincount(minlength=len(images.classes))[labels[:q]] - itself
-    chance = matches.double().mean() / max(len(gallery) - itself, 1)
-    found = f"{plural(len(images), 'image')} of {plural(len(images.classes), 'class')}"
-    if q is not None:
-        found += f", {plural(q, 'query')} against a gallery of {len(gallery):,}"
-    return f"{name}: {found} (R@1 by chance: {100 * chance:.1f} %)"
+    labels, queries = images.labels, images.queries
+    gallery = labels[queries or 0 :]
+    excluded = int(queries is None)  # the query itself
+    matches = gallery.bincount(minlength=len(images.classes))[labels[:queries]] - excluded
+    chance = matches.double().mean() / max(len(gallery) - excluded, 1)
+    counts = f"{plural(len(images), 'image')} of {plural(len(images.classes), 'class')}"
+    if queries is not None:
+        counts += f", {plural(queries, 'query')} against a gallery of {len(gallery):,}"
+    return f"{name}: {counts} (R@1 by chance: {100 * chance:.1f} %)"

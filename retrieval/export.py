@@ -9,29 +9,24 @@ import numpy as np
 from storage import replacing
 from utils import plural, progress
 
-EMBEDDING_FILES = {".npz": (), ".parquet": ("pyarrow",)}  # what each needs
+EMBEDDING_FILES = {".npz": (), ".parquet": ("pyarrow",)}  # and the packages they need
 ROW_GROUP = 100  # images whose files are in memory at once
 
 
-def needs_neighbours(path):
-    """Whether they are part of the file; to search for them takes minutes at SOP's size."""
-    return Path(path).suffix.lower() == ".parquet"
-
-
-def export(path, embeddings, images, hits, near):
-    """Write an ImageSet and its embeddings [N, d]; for .parquet, hits: {k: [Q]} of hits_at_k, and
-    near: of `neighbours`."""
+def export(path, images, retrieved, neighbours):
+    """Write an ImageSet with the embeddings retrieved of it, or, as .parquet, all of it."""
     out = Path(path).resolve()
-    if needs_neighbours(out):
-        write_parquet(out, embeddings, images, hits, near)
+    if out.suffix.lower() == ".parquet":
+        write_parquet(out, images, retrieved, neighbours)
     else:
-        write_npz(out, embeddings, images)
-    print(f"{path}: {plural(len(images), 'embedding')} of {embeddings.shape[1]} dimensions")
+        write_npz(out, images, retrieved.embeddings)
+    print(f"{path}: {plural(len(images), 'embedding')} of {retrieved.embeddings.shape[1]} "
+          "dimensions")  # fmt: skip
 
 
-def write_npz(path, embeddings, images):
-    """For numpy.load: embeddings [N, d], labels [N], classes [C], paths [N]; where there is a
-    gallery, queries too: how many images come before it."""
+def write_npz(path, images, embeddings):
+    """embeddings [N, d], labels [N], classes [C], paths [N]; with a gallery, how many images are
+    queries."""
     queries = {} if images.queries is None else {"queries": images.queries}
     with replacing(path) as new, open(new, "wb") as file:
         np.savez(
@@ -40,7 +35,7 @@ def write_npz(path, embeddings, images):
         )  # fmt: skip
 
 
-def write_parquet(path, embeddings, images, hits, near):
+def write_parquet(path, images, retrieved, neighbours):
     """A row for each image; `hit@K` and `neighbours` are null for a gallery's."""
     import pyarrow as pa  # only this needs it
     from pyarrow.parquet import ParquetWriter
@@ -48,31 +43,32 @@ def write_parquet(path, embeddings, images, hits, near):
     neighbour = pa.struct({"path": pa.string(), "similarity": pa.float32()})
     schema = pa.schema({
         "path": pa.string(), "class": pa.string(), "label": pa.int64(), "split": pa.string(),
-        **{f"hit@{k}": pa.bool_() for k in hits}, "neighbours": pa.list_(neighbour),
-        "embedding": pa.list_(pa.float32(), embeddings.shape[1]),
+        **{f"hit@{k}": pa.bool_() for k in retrieved.hits}, "neighbours": pa.list_(neighbour),
+        "embedding": pa.list_(pa.float32(), retrieved.embeddings.shape[1]),
         "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
     })  # fmt: skip
-    found = rows(embeddings, images, hits, *near)
+    all_rows = rows(images, retrieved, neighbours)
     groups = range(0, len(images), ROW_GROUP)
     with replacing(path) as new, ParquetWriter(new, schema) as writer:
         for _ in progress(groups, len(groups), "writing"):
-            writer.write_table(pa.Table.from_pylist(list(islice(found, ROW_GROUP)), schema))
+            writer.write_table(pa.Table.from_pylist(list(islice(all_rows, ROW_GROUP)), schema))
 
 
-def rows(embeddings, images, hits, similarities, indices):
+def rows(images, retrieved, neighbours):
     """{column: value} of each image; `image` is its file, as Hugging Face's data sets have it."""
-    hits = {f"hit@{k}": hit.tolist() for k, hit in hits.items()}
-    embeddings, labels, queries = embeddings.cpu().numpy(), images.labels.tolist(), images.queries
-    similarities, indices = similarities.tolist(), indices.tolist()
-    names = [text(path) for path in images.paths]
+    hits = {f"hit@{k}": hit.tolist() for k, hit in retrieved.hits.items()}
+    embeddings, labels = retrieved.embeddings.cpu().numpy(), images.labels.tolist()
+    similarities, indices = (part.tolist() for part in neighbours)
+    names = [as_unicode(path) for path in images.paths]
     for i, (path, name, label) in enumerate(zip(images.paths, names, labels)):
+        is_query = i < len(indices)
         row = {
-            "path": name, "class": text(images.classes[label]), "label": label,
-            "split": "test" if queries is None else "query" if i < queries else "gallery",
+            "path": name, "class": as_unicode(images.classes[label]), "label": label,
+            "split": "test" if images.queries is None else "query" if is_query else "gallery",
             "embedding": embeddings[i],
             "image": {"bytes": Path(path).read_bytes(), "path": os.path.basename(name)},
         }  # fmt: skip
-        if i < len(indices):
+        if is_query:
             row |= {column: hit[i] for column, hit in hits.items()}
             row["neighbours"] = [
                 {"path": names[j], "similarity": s} for j, s in zip(indices[i], similarities[i])
@@ -80,6 +76,6 @@ def rows(embeddings, images, hits, similarities, indices):
         yield row
 
 
-def text(name):
-    """A file's name as Unicode, which it need not be."""
+def as_unicode(name):
+    """Names of files can be in any encoding."""
     return os.fsencode(name).decode(errors="backslashreplace")

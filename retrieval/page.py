@@ -3,7 +3,8 @@
 import base64
 import io
 import json
-from collections import Counter
+from collections import Counter, defaultdict
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -17,31 +18,30 @@ MAX_BYTES = 12 * 10**6  # of all pictures in a page, as text
 
 
 class Pictures:
-    """Small copies of images, each kept once: `add` gives the number of a path's."""
+    """Small copies of images, each once; `add` returns an image's number."""
 
     def __init__(self):
-        self.number, self.texts, self.bytes = {}, [], 0
+        self.numbers, self.texts, self.bytes = {}, [], 0
 
     def add(self, path):
-        if path not in self.number:
+        if path not in self.numbers:
             jpeg = io.BytesIO()
             small_picture(path).save(jpeg, "JPEG", quality=75)  # about 3 kB
-            self.number[path] = len(self.texts)
+            self.numbers[path] = len(self.texts)
             self.texts.append(base64.b64encode(jpeg.getvalue()).decode())
             self.bytes += len(self.texts[-1])
-        return self.number[path]
+        return self.numbers[path]
 
     def data(self):
-        """For the page: a picture is called by its file and its folder."""
-        names = ["/".join(path.split("/")[-2:]) for path in self.number]
+        names = ["/".join(path.split("/")[-2:]) for path in self.numbers]
         return {"pictures": self.texts, "names": names}
 
 
 def small_picture(path):
-    """A small copy of an image; a grey one of a file that is no longer there or is damaged."""
+    """A small copy of an image; grey if the file is gone or damaged."""
     try:
         with opened(path) as image:
-            image.thumbnail((SIDE, SIDE))  # asks a JPEG's decoder for no more than that
+            image.thumbnail((SIDE, SIDE))  # a JPEG is decoded at about this size
             return image.convert("RGB")
     except UserError:
         return Image.new("RGB", (SIDE, SIDE), "grey")
@@ -56,31 +56,30 @@ def write_page(data):
 
 def search_page(results):
     """[{"query": path, "neighbours": [{"path", "similarity"}]}] -> the page's bytes."""
-    pictures = Pictures()
-    queries = [
-        {"picture": pictures.add(result["query"]), "label": None, "found": [
-            [pictures.add(found["path"]), found["similarity"], None]
-            for found in result["neighbours"]
-        ]}
-        for result in results
-    ]  # fmt: skip
+    pictures, queries = Pictures(), []
+    for result in results:
+        queries.append({"picture": pictures.add(result["query"]), "label": None, "found": [
+            [pictures.add(neighbour["path"]), neighbour["similarity"], None]
+            for neighbour in result["neighbours"]
+        ]})  # fmt: skip
     return write_page({
         "title": "Nearest neighbours", "about": "", "note": "", "metrics": [], "curves": None,
         "classes": [], "queries": queries, **pictures.data(),
     })  # fmt: skip
 
 
-def results_page(title, about, metrics, images, hits, near, curves=None):
-    """A page of metrics, {row: {metric: per cent}}, of classes, of confusions, and of queries with
-    their neighbours; its bytes. hits: {k: [Q]} of hits_at_k; near: of `neighbours`; curves: a PNG's
-    bytes."""
-    labels, count = images.labels.numpy(), images.queries or len(images)
-    similarities, indices = (part.numpy() for part in near)
+def results_page(head, images, hits, neighbours):
+    """A page of metrics, classes, confusions, and queries with their neighbours; its bytes.
+
+    head: {"title", "about", "metrics": [(row, {metric: per cent})], "curves": a PNG or None};
+    hits: {k: [Q]} of hits_at_k; neighbours: (similarities, indices) of `search.neighbours`.
+    """
     k = min(hits)
-    hit, found = hits[k].cpu().numpy(), labels[indices]
+    hit, labels, total = hits[k].cpu().numpy(), images.labels.numpy(), len(hits[k])
+    similarities, indices = (part.numpy() for part in neighbours)
     pictures, queries = Pictures(), []
-    order = worst_first(hit, found == labels[:count, None], similarities, labels[:count])
-    for query in progress(order, count, "page"):
+    order = worst_first(hit, labels[:total], similarities, labels[indices])
+    for query in progress(order, total, "page"):
         if pictures.bytes > MAX_BYTES:
             break
         queries.append({
@@ -89,30 +88,28 @@ def results_page(title, about, metrics, images, hits, near, curves=None):
                 for similarity, index in zip(similarities[query], indices[query])
             ],
         })  # fmt: skip
-    asked, right = Counter(labels[:count].tolist()), Counter(labels[:count][hit].tolist())
-    taken = Counter(
-        (label, other) for label, others in zip(labels[:count].tolist(), found[:, :1].tolist())
-        for other in others if label != other
-    )  # fmt: skip
+    per_class, hits_of = Counter(labels[:total].tolist()), Counter(labels[:total][hit].tolist())
+    first = labels[indices[:, :1]]  # [Q, 1], or [Q, 0] without any neighbour
+    wrong = (first != labels[:total, None]).nonzero()[0]
+    confusions = Counter(zip(labels[wrong].tolist(), first[wrong].flatten().tolist()))
     note = (
-        f"{len(queries):,} of {count:,} queries, worst first, one of each class before a second of "
+        f"{len(queries):,} of {total:,} queries, worst first, one of each class before a second of "
         "any. ✓ and a line: of the query's class; ✗ and dashes: of another."
     )
     return write_page({
-        "title": title, "about": about, "note": note, "metrics": list(metrics.items()),
-        "curves": curves and base64.b64encode(curves).decode(), "classes": images.classes,
-        "queries": queries, **pictures.data(), "per_class_metric": f"R@{k}",
-        "per_class": [(label, asked[label], right[label]) for label in sorted(asked)],
-        "confusions": [(*pair, times) for pair, times in taken.most_common()],
+        **head, "curves": base64.b64encode(head["curves"] or b"").decode(), "note": note,
+        "classes": images.classes, "queries": queries, **pictures.data(),
+        "per_class_metric": f"R@{k}",
+        "per_class": [(label, n, hits_of[label]) for label, n in sorted(per_class.items())],
+        "confusions": [(*pair, times) for pair, times in confusions.most_common()],
     })  # fmt: skip
 
 
-def worst_first(hit, right, similarities, labels):
-    """Queries in order: of every class the worst, then of every class the next. Worst is a miss,
-    then one with few `right` [Q, top], then one whose nearest is near."""
-    order = np.lexsort((-similarities.max(axis=1, initial=-1), right.sum(axis=1), hit))
-    seen, rank = Counter(), np.empty(len(order), int)
-    for query in order:
-        rank[query] = seen[labels[query]]
-        seen[labels[query]] += 1
-    return order[np.argsort(rank[order], kind="stable")]
+def worst_first(hit, labels, similarities, neighbour_labels):
+    """Queries [Q] in order: the worst of every class, then the next of every class. Worst is a
+    miss, then one with few matches, then one whose nearest is most similar."""
+    matches = (neighbour_labels == labels[:, None]).sum(axis=1)
+    order = np.lexsort((-similarities.max(axis=1, initial=-1), matches, hit))
+    counters = defaultdict(count)
+    turns = [next(counters[label]) for label in labels[order]]
+    return order[np.argsort(turns, kind="stable")]

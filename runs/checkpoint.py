@@ -1,4 +1,4 @@
-"""What a checkpoint holds: all that a run needs to go on, bit for bit."""
+"""Checkpoints: all that a run needs to continue bit for bit."""
 
 import math
 import re
@@ -14,34 +14,33 @@ from flags import flag_of, parse_stored
 from sharded import gather_on_rank_0, map_proxies, scatter_from_rank_0
 from utils import UserError, stream_of_copies
 
-# The optimiser of a continued run has made its steps in another process.
+# In a continued run, the optimiser's steps were made in another process.
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
 PARTS = {"model_state_dict", "criterion_state_dict", "optimizer_state_dict",
          "scheduler_state_dict", "partial", "args", "history", "images"}  # fmt: skip
-# Flags that may differ when a run is continued: they do not change what is computed.
+# Flags that do not change what is computed, and may differ when a run is continued.
 FREE_ON_RESUME = {"epochs", "metrics", "workers", "cache", "gpu_id", "data_root", "LOG_DIR",
                   "quiet", "wandb", "resume", "overwrite", "checkpoint_every",
                   "shard_proxies"}  # fmt: skip
 
 
 def save(training, run_folder, finished=False):
-    """Save the run after its last step; `finished`: after its epoch. All ranks call this, rank 0
-    writes, in a thread. UserError, and nothing is saved, where something is not finite."""
+    """Save the state after the last step; `finished`: the epoch has ended. All ranks call this,
+    rank 0 writes, in a thread. UserError, and nothing is saved, if the state is not finite."""
     epoch = training.epoch
     epoch.fetch()
-    run_folder.wait()  # else there would be two copies of the state at a time
+    run_folder.wait()  # else memory holds two copies of the state
     checkpoint = capture(training, None if finished else epoch.so_far())
-    largest = all_reduce(largest_of(training), "max").item()  # waits, so the copies are complete
+    largest = all_reduce(largest_of(training), "max").item()  # synchronises: the copy is complete
     epoch.require_finite(epoch.step - 1, "state of network, proxies or optimiser after it", largest)
     run_folder.save(checkpoint)
     epoch.saved = epoch.step
 
 
 def capture(training, partial=None):
-    """A checkpoint: of a finished epoch, or, `partial`, of one in progress. On rank 0 a copy on the
-    device, so that training can go on. With --shard-proxies all ranks call this, and rank 0 gets
-    all proxies."""
+    """A checkpoint; `partial`: of an epoch in progress. On rank 0 a copy on the device: training
+    goes on meanwhile. With --shard-proxies all ranks call this, and rank 0 gets all proxies."""
     checkpoint = {
         "model_state_dict": training.model.state_dict(),  # differs: the script saves this alone
         "criterion_state_dict": training.criterion.state_dict(),
@@ -50,7 +49,7 @@ def capture(training, partial=None):
         "partial": partial,
         "args": vars(training.args),
         "history": training.history,
-        "images": training.images_digest,  # with other images it is another run
+        "images": training.images_digest,  # a run continues only with the same images
     }
     if rank() == 0:
         checkpoint = tree_map_only(torch.Tensor, torch.clone, checkpoint)
@@ -58,7 +57,7 @@ def capture(training, partial=None):
 
 
 def largest_of(training):
-    """The largest entry of weights, proxies and moments: inf unless all are finite."""
+    """The largest entry of weights, proxies and moments; inf unless all are finite."""
     modules, moments = (training.model, training.criterion), training.optimizer.state.values()
     tensors = [x for state in (*(m.state_dict() for m in modules), *moments)
                for x in state.values() if torch.is_tensor(x) and x.is_floating_point() and x.ndim]
@@ -66,19 +65,14 @@ def largest_of(training):
 
 
 def on_host(checkpoint):
-    """A captured checkpoint in the host's memory."""
+    """The checkpoint with its tensors copied to the CPU."""
     weight = next(iter(checkpoint["model_state_dict"].values()))
     with torch.cuda.device_of(weight), torch.cuda.stream(stream_of_copies(weight.device)):
         return tree_map_only(torch.Tensor, torch.Tensor.cpu, checkpoint)
 
 
-def network_alone(checkpoint):
-    """Of a checkpoint, what evaluates: the network, and what rebuilds it."""
-    return {part: checkpoint[part] for part in ("model_state_dict", "args", "history", "images")}
-
-
 def bytes_needed(training):
-    """What a run's checkpoints take on the disk at most: best, last, the one before, the next."""
+    """The most that a run's checkpoints take on the disk: best, last, previous, and a new one."""
     network = sum(tensor.nbytes for tensor in training.model.state_dict().values())
     proxies = sum(tensor.nbytes for tensor in training.criterion.state_dict().values())
     proxies *= world_size() if training.args.shard_proxies else 1
@@ -87,55 +81,47 @@ def bytes_needed(training):
 
 
 def restore(training, checkpoint, path):
-    """Put a checkpoint's state into `training`."""
+    """Load a checkpoint into `training`."""
     if checkpoint["images"] != training.images_digest:
-        raise UserError(
-            f"{path}: the run was started with other images than those in --data-root "
-            f"{training.args.data_root}: put back what was removed or renamed, take away what was "
-            f"added, or start a new run from its network with --weights {path}"
-        )
+        raise UserError(f"{path}: the run was started with other images than those in --data-root "
+                        f"{training.args.data_root}: put back what was removed or renamed, take "
+                        f"away what was added, or start a new run with --weights {path}")
     try:
         if training.args.shard_proxies:
             checkpoint = map_proxies(checkpoint, scatter_from_rank_0)
         training.model.load_state_dict(checkpoint["model_state_dict"])
-        # in older checkpoints a library's loss is the `loss` of a wrapper
+        # older checkpoints have a library's loss as the `loss` of a wrapper
         proxies = {re.sub(r"(^|\.)loss\.", r"\1", name): x
                    for name, x in checkpoint["criterion_state_dict"].items()}  # fmt: skip
         training.criterion.load_state_dict(proxies)
         training.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         training.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         training.history = checkpoint["history"]
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: its state is not that of this run ({error})") from error
 
 
 def flags_to_continue_with(parser, given, flags, path):
-    """The flags that the run was started with, and, of those given now, the free ones."""
+    """The flags the run was started with, updated by those given; UserError if one is not free."""
     stored = parse_stored(parser, flags, path)
     for name, value in given.items():
         moved = name == "dataset" and dataset.title(value) == dataset.title(stored.dataset)
         if name not in FREE_ON_RESUME and getattr(stored, name) != value and not moved:
-            raise UserError(
-                f"{flag_of(name)} {value}: the run of {path} was started with "
-                f"{getattr(stored, name)}; leave the flag out, or start another run"
-            )
+            raise UserError(f"{flag_of(name)} {value}: the run of {path} was started with "
+                            f"{getattr(stored, name)}; leave the flag out, or start another run")
         setattr(stored, name, value)
     return stored
 
 
 def require_parts(checkpoint, path):
-    """UserError for what is no checkpoint that a run can go on from."""
-    lacking = ", ".join(sorted(PARTS - checkpoint.keys()))
-    if lacking:
-        raise UserError(
-            f"--resume {path}: this checkpoint cannot be continued: it lacks {lacking}, as "
-            "published ones, best ones alone and those of earlier versions do; evaluate.py takes "
-            f"it, and --weights {path} starts a new run from its network"
-        )
+    """UserError if a run cannot be continued from this checkpoint."""
+    if lacking := ", ".join(sorted(PARTS - checkpoint.keys())):
+        raise UserError(f"--resume {path}: this checkpoint cannot be continued: it lacks {lacking},"
+                        " as published ones, best ones alone and those of earlier versions do; "
+                        f"evaluate.py takes it, and --weights {path} starts a new run from it")
 
 
 def epoch_of(checkpoint):
-    """The epoch, from 0, in which a checkpoint's network was last trained; None if it does not
-    say."""
+    """The last epoch, from 0, in which the network was trained; None if the checkpoint has none."""
     history = checkpoint.get("history")
-    return len(history) - (not checkpoint.get("partial")) if isinstance(history, list) else None
+    return None if history is None else len(history) - (not checkpoint.get("partial"))

@@ -1,5 +1,6 @@
-"""A run's folder: its files, its results, and what is continued after an interruption."""
+"""A run's folder: its files, its lock, and saves that an interruption cannot damage."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,21 +9,21 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from runs.checkpoint import network_alone, on_host
+from runs.checkpoint import on_host
 from runs.results import best_of, main_metric, summary
 from storage import read_checkpoint, temporary_of, write_atomically, write_checkpoint, write_json
 from utils import UserError, warn
 
-REPLACED = ".replaced"  # ends the names of a run's files that --overwrite has put aside
+BEST_PARTS = ("model_state_dict", "args", "history", "images")  # of a best checkpoint
+REPLACED = ".replaced"  # ends the names of files that --overwrite has renamed
 LOCK_SECONDS = 10  # before version 4 of filelock, a killed run's workers hold its lock for 5 s
 
 
 class RunFolder:
-    """Where a run's files are; every file is replaced whole, never written in place. In a `with`
-    are a run's saves: it ends when the last one is on the disk, whatever ends it."""
+    """A run's files, each replaced as a whole. A `with` ends when the last save is on the disk."""
 
     def __init__(self, folder, name):
-        """`name`, of the data set and the network, begins its files' names."""
+        """`name`, of the data set and the network, begins the names of checkpoints."""
         self.folder = Path(folder)
         self.best = self.folder / f"{name}_best.pth"
         self.last = self.folder / f"{name}_last.pth"
@@ -40,43 +41,35 @@ class RunFolder:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *exception):
+    def __exit__(self, error, *_):
         self.wait()
-        if not kind:
-            self.previous.unlink(missing_ok=True)  # a finished run needs no second one
+        if not error:
+            self.previous.unlink(missing_ok=True)  # a finished run needs only the last
 
     def in_use(self):
-        """Whether there is something to lose: a run that saved nothing may be started again."""
+        """Whether a run has saved something here."""
         return any(path.exists() for path in (self.best, self.last, self.previous, self.results))
 
-    def is_complete(self, history, epochs):
-        """Whether there is nothing left to train, to draw or to log."""
-        return len(history) >= epochs and self.curves.exists()  # which is written last
-
     def lock(self):
-        """Keep other processes out for as long as this one lives, however it ends."""
+        """Make the folder, and keep other processes out of it until this one ends."""
         try:
-            self.file_lock.acquire()  # again, where this process has it already
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file_lock.acquire()
         except Timeout:
-            raise UserError(
-                f"{self.folder} is in use by another process; wait for it, or give this run a "
-                "--remark of its own"
-            ) from None
+            raise UserError(f"{self.folder} is in use by another process; wait for it, or give "
+                            "this run a --remark of its own") from None  # fmt: skip
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written to ({error.strerror})") from error
 
     def claim(self, args, new):
-        """Make and lock the folder; returns what args.json says, {} for a new run."""
+        """Lock the folder; returns the content of args.json, {} for a new run."""
+        self.lock()
+        for file in self.files:
+            temporary_of(file).unlink(missing_ok=True)
+        if new and self.in_use() and not args.overwrite:
+            raise UserError(f"{self.folder}: another process has just finished this run")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock()
-            for file in self.files:
-                temporary_of(file).unlink(missing_ok=True)
-            if new and self.in_use() and not args.overwrite:
-                raise UserError(f"{self.folder}: another process has just finished this run")
             return {} if new or not self.args.exists() else json.loads(self.args.read_text())
-        except OSError as error:
-            raise UserError(f"{self.folder}: {error.strerror}") from error
         except ValueError:
             raise UserError(f"{self.args}: damaged; delete it, --resume writes a new one") from None
 
@@ -85,8 +78,8 @@ class RunFolder:
         files to *.replaced: if it dies before its first save, they stay."""
         if history is None and self.in_use():
             for file in filter(Path.exists, self.files):
-                put_aside(file, REPLACED)
-        for picture in (self.page, self.curves):  # of an end that is not one any more
+                os.replace(file, f"{file}{REPLACED}")
+        for picture in (self.page, self.curves):
             picture.unlink(missing_ok=True)
         write_json(self.args, description)
         self.write_results(history or [])
@@ -98,41 +91,39 @@ class RunFolder:
         write_atomically(self.metrics, lines.encode())
 
     def save(self, checkpoint):
-        """Write a checkpoint in a thread, after the save before it. UserError where that one could
-        not be written; where this one cannot be, the next `save`, `wait` or `check` raises it."""
+        """Write a checkpoint in a thread, once the one before is written. An error is raised by the
+        next `save`, `wait` or `check`."""
         self.wait()
         self.writing = ThreadPoolExecutor(1).submit(self.write, checkpoint)
 
     def wait(self):
-        """Until all that was saved is on the disk."""
+        """Return when everything saved is on the disk."""
         try:
             if self.writing:
                 self.writing.result()
         finally:
-            self.writing = None  # and with it the frames of its error
+            self.writing = None  # drops an error's traceback, whose frames hold the lock
 
     def check(self):
-        """Raise what has gone wrong with a save so far."""
+        """Raise the error of a save that has failed so far."""
         if self.writing and self.writing.done():
             self.wait()
 
     def write(self, checkpoint):
-        """Of a finished epoch, first the best network and the results. What --resume continues from
-        comes last, so that an interrupted save is an epoch that never happened; the checkpoint
-        before it is kept."""
-        checkpoint |= on_host(checkpoint)  # in place: the thread would keep the device's copy
+        """Writes `last` at the end: after an interrupted save, --resume uses the one before."""
+        checkpoint |= on_host(checkpoint)  # in place: else the thread keeps the GPU's copy
         history = checkpoint["history"]
         if not checkpoint["partial"]:
             metric = main_metric(history[-1])
             if metric and best_of(history, metric) is history[-1]:
-                write_checkpoint(self.best, network_alone(checkpoint))
+                write_checkpoint(self.best, {part: checkpoint[part] for part in BEST_PARTS})
             self.write_results(history)
         write_checkpoint(self.last, checkpoint, keep=self.previous)
         for file in self.files:
             Path(f"{file}{REPLACED}").unlink(missing_ok=True)
 
     def newest_checkpoint(self):
-        """(path, checkpoint) of the newest that is not damaged, or None if there is none at all."""
+        """(path, checkpoint) of the newest that is not damaged, (None, None) if none was saved."""
         for path in filter(Path.exists, (self.last, self.previous)):
             try:
                 checkpoint = read_checkpoint(path)
@@ -140,62 +131,44 @@ class RunFolder:
                 warn(f"{error}; trying the checkpoint before it")
                 continue
             if path != self.last and self.last.exists():
-                # else the next save would keep the damaged one, in the place of the good one
-                put_aside(self.last, ".damaged")
+                os.replace(self.last, f"{self.last}.damaged")  # else it would become `previous`
             return path, checkpoint
         if self.in_use():
             raise UserError(f"--resume: no checkpoint in {self.folder} can be continued")
-        return None
+        return None, None
 
     def require_room(self, needed):
-        """UserError, before the first epoch, where the disk has no room for a run's checkpoints."""
+        """UserError if the disk has no room for a run's checkpoints."""
         there = sum(file.stat().st_size for file in self.files if file.exists())
         free = shutil.disk_usage(self.folder).free + there
         if free < needed:
-            raise UserError(
-                f"{self.folder}: a run's checkpoints take up to {needed / 1e6:,.0f} MB, and "
-                f"{free / 1e6:,.0f} MB are free; use another --LOG_DIR"
-            )
+            raise UserError(f"{self.folder}: a run's checkpoints take up to {needed / 1e6:,.0f} MB"
+                            f", and {free / 1e6:,.0f} MB are free; use another --LOG_DIR")
 
 
-class NoFolder:
-    """What the ranks above 0 have in the place of the RunFolder: nothing is written."""
+class NoFolder(contextlib.nullcontext):
+    """The RunFolder of ranks above 0: writes nothing."""
 
     folder = None
 
     def __init__(self, complete):
+        super().__init__()
         self.complete = complete
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
+    def save(self, *_):
         pass
 
-    def wait(self):
-        pass
-
-    check = wait
-
-    def save(self, checkpoint):
-        pass
+    wait = check = save
 
 
-def put_aside(file, suffix):
-    try:
-        os.replace(file, f"{file}{suffix}")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be renamed to {file}{suffix} ({error.strerror})") from None
-
-
-def checkpoint_in(path, kinds=("best", "last", "previous")):
-    """The path itself; of a run folder, that of its first checkpoint of these kinds; of a folder of
-    run folders, that of the run that was written last."""
+def checkpoint_in(path):
+    """A file's path itself; in a run folder its best checkpoint, else the last; in a folder of run
+    folders that of the run written last."""
     if not os.path.isdir(path):
         return path
     for below in ("", "*/"):
-        found = [file for kind in kinds for file in Path(path).glob(f"{below}*_{kind}.pth")
-                 if file.is_file()]  # fmt: skip
+        found = [file for kind in ("best", "last", "previous")
+                 for file in Path(path).glob(f"{below}*_{kind}.pth")]  # fmt: skip
         if found:
             newest = max(found, key=lambda file: file.stat().st_mtime).parent
             return str(next(file for file in found if file.parent == newest))

@@ -1,4 +1,4 @@
-"""How a run's folder and files are called: the published way, and what else sets it apart."""
+"""The names of run folders and checkpoints: the published ones, and any flags that differ."""
 
 from pathlib import Path
 
@@ -14,28 +14,24 @@ SHORT = {"data_root": "", "image_size": "size", "lr_decay_step": "decay", "lr_de
          "weight_decay": "wd", "proxy_lr_factor": "proxylr", "train_on": "on"}  # fmt: skip
 
 
-def deciding(args):
-    """The flags that change what is computed; of images of one's own, that which says which."""
-    own = getattr(dataset.module_of(args.dataset), "OWN", "dataset")
-    return vars(args).keys() - FREE_ON_RESUME | {own}
-
-
 def settings(args, parser):
-    """{flag: value} of the deciding flags, and the same of what is usual: in the data set's
-    published command, else by default."""
-    usual = {name: parser.get_default(name) for name in deciding(args)}
+    """{flag: value} of the flags that change what is computed, and the same of their usual values:
+    those of the data set's published command, else the defaults."""
+    own = getattr(dataset.module_of(args.dataset), "OWN", "dataset")  # says where own images are
+    deciding = sorted(vars(args).keys() - FREE_ON_RESUME | {own})
+    usual = {name: parser.get_default(name) for name in deciding}
     usual |= own_values(args.loss) | getattr(dataset.module_of(args.dataset), "RECIPE", {})
-    given = {name: getattr(args, name) for name in sorted(deciding(args))}
+    given = {name: getattr(args, name) for name in deciding}
     ks = dataset.ks(args.dataset, args.ks)
     given["ks"] = None if ks == dataset.ks(args.dataset) else ks
     chosen = {name: usual[name] if value is None else value for name, value in given.items()}
     if not args.disent:
-        chosen |= {"al": 0.0, "be": 0.0, "gam": 0.0}  # whatever they are, they weigh nothing
+        chosen |= {"al": 0.0, "be": 0.0, "gam": 0.0}  # without DDML they have no effect
     return chosen, usual
 
 
 def run_folder_path(args, parser):
-    """The published name for published settings; a flag that differs from them is appended."""
+    """The published name; flags with unusual values are appended."""
     chosen, usual = settings(args, parser)
     al, be, gam = chosen["al"], chosen["be"], chosen["gam"]
     parts = [
@@ -57,7 +53,6 @@ def run_folder_path(args, parser):
 def text_of(value):
     if isinstance(value, list):
         return "-".join(map(str, value))
-    # of a path, its end
     return Path(value).resolve().name if isinstance(value, str) else f"{value:.15g}"
 
 
@@ -65,10 +60,8 @@ def file_prefix(args):
     return f"{dataset.title(args.dataset)}_{args.model.replace('/', '_')}"
 
 
-def difference(chosen, flags):
-    """[`--lr 0.1, there 0.2`] for each flag whose value in `flags` is another."""
-    return [
-        f"{flag_of(name)} {value}, there {flags[name]}"
-        for name, value in chosen.items()
-        if name in flags and flags[name] != value
-    ]
+def differences(args, parser, flags):
+    """[`--lr 0.1, there 0.2`] for each flag that has another value in `flags`."""
+    chosen, _ = settings(args, parser)
+    return [f"{flag_of(name)} {value}, there {flags[name]}" for name, value in chosen.items()
+            if name in flags and flags[name] != value]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The numbers of a run: added up over an epoch, kept as its result, summed up at the end."""
+"""The numbers of a run: summed over an epoch, kept as its result, summarised at the end."""
 
 import math
 import time
@@ -11,11 +11,10 @@ TERMS = ("metric", "agnostic", "specific", "split")
 
 
 class Epoch:
-    """How far an epoch has come. Losses stay on the device until `fetch` waits for it; `seconds`
-    are those spent waiting for data, and in steps."""
+    """How far an epoch has come. Losses stay on the device until `fetch` reads them."""
 
     def __init__(self, number, files, step=0, totals=None, seconds=None):
-        """`files(number, step)` are the files of a batch."""
+        """`files(number, step)`: the files of a batch; `seconds`: {"data": ..., "step": ...}."""
         self.number, self.files, self.step, self.totals = number, files, step, totals or {}
         self.seconds = seconds or {"data": 0.0, "step": 0.0}
         self.saved = step  # steps in the last checkpoint
@@ -23,21 +22,21 @@ class Epoch:
         self.fetched = self.clock
 
     def add(self, values):
-        """{term: scalar on the device}, whose memory may be the next step's."""
+        """Count a step; values: {term: scalar}, copied because CUDA graphs overwrite them."""
         self.names = list(values)
         self.pending.append(torch.stack(list(values.values())))
         self.step += 1
 
     def tick(self, what=None):
-        """Book the time since the last tick as spent on `what`."""
+        """Add the time since the last tick to `what`."""
         now = time.perf_counter()
         if what:
             self.seconds[what] = self.seconds.get(what, 0.0) + now - self.clock
         self.clock = now
 
     def fetch(self):
-        """Add up what is pending. Every save is after a fetch: of a step that is not finite nothing
-        is saved."""
+        """Add the pending losses to the totals. Every save fetches first, so that nothing is saved
+        of a step that is not finite."""
         rows, self.pending, self.fetched = self.pending, [], time.perf_counter()
         first, rows = self.step - len(rows), torch.stack(rows).double().tolist() if rows else []
         for step, row in enumerate(rows, first):
@@ -54,45 +53,45 @@ class Epoch:
             )
 
     def note(self):
-        """The loss of the steps that were fetched."""
+        """The mean loss of the fetched steps."""
         done = self.step - len(self.pending)
         return f"loss {self.totals['loss'] / done:.4f}" if done else ""
 
     def so_far(self):
-        """What a checkpoint in mid-epoch holds of it; None before its first step."""
-        progress = {"step": self.step, "totals": self.totals, "seconds": self.seconds}
-        return progress if self.step else None
+        """The state of an unfinished epoch, for a checkpoint."""
+        return {"step": self.step, "totals": self.totals, "seconds": self.seconds}
 
 
 def result_of(training, steps, retrieved):
-    """An epoch's line of metrics.jsonl; `retrieved`: of retrieval.evaluate, None without a test."""
+    """The epoch's line of metrics.jsonl; retrieved: by retrieval.evaluate, None without a test."""
     epoch, seconds = training.epoch, training.epoch.seconds
     images = epoch.step * training.args.batch_size
+    terms = {name: epoch.totals[name] / steps if name in epoch.totals else None
+             for name in ("loss", *TERMS)}  # fmt: skip
+    scores = retrieved.scores if retrieved else {}
     return {
         "epoch": epoch.number,
-        **{name: epoch.totals[name] / steps if name in epoch.totals else None
-           for name in ("loss", *TERMS)},
+        **terms,
         "lr": training.scheduler.get_last_lr()[0],
         "seconds": sum(seconds.values()),
         **{f"seconds_{what}": spent for what, spent in seconds.items()},
-        "images_per_second": images / max(seconds["data"] + seconds["step"], 1e-9),
-        **{name: 100 * fraction
-           for name, fraction in (retrieved.scores if retrieved else {}).items()},
-    }  # fmt: skip
+        "images_per_second": images / (seconds["data"] + seconds["step"]),
+        **{name: 100 * fraction for name, fraction in scores.items()},
+    }
 
 
 def main_metric(result):
-    """Recall@K of the least K, R@1 if there is one; None without a test."""
+    """The name of Recall@K of the smallest K, usually R@1; None without a test."""
     return next(iter(scores_of(result)), None)
 
 
 def best_of(history, metric):
-    """The first epoch with the greatest `metric`; without one, the last."""
+    """The first epoch with the highest `metric`; the last epoch if that is None."""
     return max(history, key=lambda result: result[metric or "epoch"])
 
 
 def scores_of(result):
-    """The retrieval metrics of an epoch's result, Recall@K of the least K first."""
+    """The retrieval metrics of an epoch's result, Recall@K of the smallest K first."""
     return {key: result[key] for key in result if key.startswith(("R@", "MAP@R", "R-Precision"))}
 
 
@@ -106,6 +105,6 @@ def summary(history):
         lines.append(f"{title} Epoch: {result['epoch']}")
         for key, value in scores_of(result).items():
             lines.append(f"{title} {key.replace('R@', 'Recall@')}: {value:.4f}")
-    # differs: the script gives the best epoch alone, and does not say how it was chosen
+    # differs: the script writes the best epoch alone, and not how it was chosen
     lines.append("The best epoch is chosen on the test set, the last one is not.")
     return "\n".join(lines) + "\n"

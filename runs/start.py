@@ -1,11 +1,10 @@
-"""Where a run is written, what it is continued from, and what it takes to state it again."""
+"""Where a run is written, what it continues from, and what is recorded of it."""
 
 import contextlib
 import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 from functools import cache, partial
@@ -18,7 +17,7 @@ from distributed import from_rank_0, job, rank, restarts, world_size
 from flags import VERSION
 from runs.checkpoint import bytes_needed, flags_to_continue_with, require_parts
 from runs.folder import NoFolder, RunFolder
-from runs.naming import difference, file_prefix, run_folder_path, settings
+from runs.naming import differences, file_prefix, run_folder_path
 from runs.tracking import track, wandb_mode
 from sharded import map_proxies
 from utils import UserError, device_name, say, warn
@@ -28,7 +27,7 @@ ENDINGS = ("_last.pth", "_previous.pth", "_best.pth")  # of a run's checkpoints
 
 def open_run(parser, args, given):
     """(flags, RunFolder, checkpoint or None): where to write, and what to continue from. Rank 0
-    decides; the others get a NoFolder and, with --shard-proxies, a checkpoint without proxies."""
+    decides; the others get a NoFolder and, with --shard-proxies, no data of proxies."""
     return from_rank_0(partial(open_on_rank_0, parser, args, given), for_others)
 
 
@@ -42,51 +41,40 @@ def for_others(run):
 def open_on_rank_0(parser, args, given):
     folder = run_folder_path(args, parser)
     if len(os.fsencode(folder.name)) > 255:
-        raise UserError(
-            f"{folder.name}: too long for a folder's name; shorten --remark, or what the paths of "
-            "--data-root and --weights end in"
-        )
-    restarted = restarts() and stored(folder).get("job") == job()
-    if args.resume is not None or restarted:
+        raise UserError(f"{folder.name}: too long for a folder's name; shorten --remark, or what "
+                        "the paths of --data-root and --weights end in")  # fmt: skip
+    if args.resume is not None or restarts() and stored(folder).get("job") == job():
         return continued_run(parser, args, given, Path(args.resume or folder))
     run_folder = RunFolder(folder, file_prefix(args))
     # differs: the script silently loads an old best checkpoint from the folder
     if run_folder.in_use() and not args.overwrite:
-        chosen, _ = settings(args, parser)
-        differing = ", ".join(difference(chosen, stored(folder).get("flags", {})))
-        raise UserError(
-            f"{folder} already holds a run "
-            + (f"with other flags ({differing}): " if differing else "of the same flags: continue "
-               "it with --resume, ")
-            + "replace it with --overwrite, or name another with --remark"
-        )  # fmt: skip
+        differing = ", ".join(differences(args, parser, stored(folder).get("flags", {})))
+        found = (f"with other flags ({differing}): " if differing else
+                 "of the same flags: continue it with --resume, ")  # fmt: skip
+        raise UserError(f"{folder} already holds a run {found}replace it with --overwrite, or "
+                        "name another with --remark")  # fmt: skip
     return args, run_folder, None
 
 
 def stored(folder):
-    """A run's args.json; {} where that cannot be read."""
-    try:
-        return dict(json.loads((folder / "args.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
+    """A run's args.json; {} where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / "args.json").read_text())
+    return {}
 
 
 def continued_run(parser, args, given, path):
-    """open_on_rank_0 for the run in the folder `path`, or in the folder of the checkpoint `path`:
-    from its newest checkpoint."""
+    """As open_on_rank_0, for --resume; `path`: the run's folder, or a checkpoint in it."""
     if args.resume and "LOG_DIR" in given:
-        raise UserError(
-            f"--LOG_DIR {args.LOG_DIR}: --resume {args.resume} continues in the run's own folder; "
-            "leave --LOG_DIR out"
-        )
-    folder = path.parent if path.is_file() and path.name.endswith(ENDINGS) else path
+        raise UserError(f"--LOG_DIR {args.LOG_DIR}: --resume {args.resume} continues in the run's "
+                        "own folder; leave --LOG_DIR out")  # fmt: skip
+    if path.is_file() and not path.name.endswith(ENDINGS):
+        raise UserError(f"--resume {path}: not a run's checkpoint, whose name ends in "
+                        f"{' or '.join(ENDINGS)}; evaluate.py takes it, and --weights {path} "
+                        "starts a new run from its network")  # fmt: skip
+    folder = path.parent if path.is_file() else path
     flags = stored(folder).get("flags")
     prefixes = [file.name.removesuffix(end) for end in ENDINGS for file in folder.glob(f"*{end}")]
-    if path.is_file() and folder == path:
-        raise UserError(
-            f"--resume {path}: not a run's checkpoint, whose name ends in {' or '.join(ENDINGS)}; "
-            f"evaluate.py takes it, and --weights {path} starts a new run from its network"
-        )
     if not flags and not prefixes:
         raise UserError(f"--resume: there is no run in {path} to continue; name its folder with "
                         "--resume FOLDER, or leave the flag out")  # fmt: skip
@@ -95,29 +83,28 @@ def continued_run(parser, args, given, path):
         prefixes = [file_prefix(args)]
     run_folder = RunFolder(folder, prefixes[0])
     run_folder.lock()
-    newest = run_folder.newest_checkpoint()
-    if not newest:
+    source, checkpoint = run_folder.newest_checkpoint()
+    if not checkpoint:
         say(f"nothing of {folder} was saved yet: starting at epoch 0")
         return args, run_folder, None
-    source, checkpoint = newest
     if path not in (folder, source):
         say(f"continuing from {source}, the newest of the run of {path}")
     require_parts(checkpoint, source)
     args = flags_to_continue_with(parser, given, checkpoint["args"], source)
     args.resume = str(source)
-    run_folder.complete = run_folder.is_complete(checkpoint["history"], args.epochs)
+    drawn = run_folder.curves.exists()  # the last file of a run
+    run_folder.complete = drawn and len(checkpoint["history"]) >= args.epochs
     return args, run_folder, checkpoint
 
 
 @contextlib.contextmanager
 def record(run_folder, training, images, argv, checkpoint):
-    """In a `with`, the run's folder is written, and its wandb run, which this gives: None without
+    """In a `with`: the run folder and the wandb run are written. Gives the wandb run; None without
     wandb and on ranks above 0."""
     if rank():
         yield
         return
-    args = training.args
-    mode = wandb_mode(args.wandb)
+    args, mode = training.args, wandb_mode(training.args.wandb)
     description = run_folder.claim(args, new=checkpoint is None)
     run_folder.require_room(bytes_needed(training))
     run_id, process = description.get("wandb_id"), describe_process(argv, training.device)
@@ -137,36 +124,32 @@ def record(run_folder, training, images, argv, checkpoint):
 
 @cache
 def git(*command):
-    """What a git command prints of this repository; "" without git, or in an unpacked archive."""
-    if not shutil.which("git"):
-        return ""
+    """What a git command prints about this repository; "" without git or a repository."""
     here = ["git", "-C", Path(__file__).parent, *command]
-    return subprocess.run(here, capture_output=True, text=True).stdout.strip()
+    with contextlib.suppress(OSError):  # there is no git
+        return subprocess.run(here, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def describe_process(argv, device):
-    """What it takes to state this run again: the command, the versions, the machine."""
+    """What is needed to repeat this run: the command, the versions, the machine."""
     argv = sys.argv[1:] if argv is None else argv
     packages = ("torchvision", "timm", "pytorch-metric-learning", "numpy", "pillow")
+    versions = {"ddml": VERSION, "python": platform.python_version(), "torch": torch.__version__}
     return {
         "commit": git("rev-parse", "HEAD"),
         "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
         "command": shlex.join(["python", "train.py", *argv]),
-        "versions": {
-            "ddml": VERSION, "python": platform.python_version(), "torch": torch.__version__,
-            **{name: version(name) for name in packages},
-        },
+        "versions": versions | {name: version(name) for name in packages},
         "device": device_name(device),
         "processes": world_size(),
         "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    }
 
 
 def warn_of_other_bits(description, process):
-    """Where a run is continued by other means than it was started with: args.json's, and now."""
+    """Warn if the machine or the code is not the one that the run was started with."""
     for what in ("commit", "changed", "versions", "device", "threads", "processes"):
         if description.get(what, process[what]) != process[what]:
-            warn(
-                f"this run was started with {what} {description[what]} and continues with "
-                f"{process[what]}: its numbers may differ in the last digits"
-            )
+            warn(f"this run was started with {what} {description[what]} and continues with "
+                 f"{process[what]}: its numbers may differ in the last digits")  # fmt: skip

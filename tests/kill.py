@@ -3,7 +3,7 @@
 python -m tests.kill --kills 100    (takes minutes)
 
 Runs of train.py are ended with SIGKILL at random instants, each continued with --resume and killed
-again until it finishes; then one run is killed at each write, fsync and rename of its saves in
+again until it finishes; then one run is killed at each fsync and rename of its saves in
 turn. Weights, proxies, optimiser state and metrics.jsonl (times aside) have to come out the same,
 bit for bit. Prints the tally as it goes; exit status 1 if anything differs. Not part of the test
 suite, which has a short version.
@@ -84,9 +84,9 @@ def run_train(here, flags, seconds=None, inject=None):
 
 
 def injected(n, flags):
-    """In the child: train.py, with SIGKILL at the n-th write, fsync or rename if `n` is given."""
+    """In the child: train.py, with SIGKILL at the n-th fsync or rename if `n` is given."""
     if n is not None:
-        names = ["write", "fsync", "replace"]
+        names = ["fsync", "replace"]
         at_call(setattr, names, n, lambda: os.kill(os.getpid(), signal.SIGKILL))
     forked.train_py(flags)
 
@@ -130,7 +130,7 @@ def kill_at_random(here, kills, seed, epochs=3, model="--model bn_inception"):
 
 
 def kill_at_calls(here, step, epochs=1, model="--model bn_inception"):
-    """Kill a run at each write, fsync and rename in turn, and continue it."""
+    """Kill a run at each fsync and rename in turn, and continue it."""
     whole, _ = whole_run(here, epochs, model)
     tally = {"calls": 0, "identical": 0}
     for n in range(0, 10**6, step):

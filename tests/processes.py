@@ -1,4 +1,5 @@
-"""Steps and recalls of however many processes torchrun starts: python -m tests.processes OUT"""
+"""Steps and recalls of however many processes torchrun starts: python -m tests.processes OUT,
+or, of `lacking FLAGS`, train.py where rank 1 finds no data."""
 
 import contextlib
 import os
@@ -97,14 +98,17 @@ def train_where_rank_1_has_no_data(flags):
     if os.environ["RANK"] == "1":
         os.mkdir("elsewhere")
         os.chdir("elsewhere")
-    sys.argv = ["train.py", *flags]
-    utils.run(train.main)
+    train.main(flags)
 
 
-if __name__ == "__main__" and sys.argv[1] == "lacking":
-    train_where_rank_1_has_no_data(sys.argv[2:])
-elif __name__ == "__main__":
+def save_everything(out):
     init_processes(0)
     found = everything()
     if rank() == 0:
-        torch.save(found, sys.argv[1])
+        torch.save(found, out)
+
+
+if __name__ == "__main__":
+    _, first, *rest = sys.argv
+    lacking = first == "lacking"
+    utils.run(lambda: train_where_rank_1_has_no_data(rest) if lacking else save_everything(first))

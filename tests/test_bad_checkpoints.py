@@ -2,7 +2,6 @@
 refused in one line, exit status 2, and nothing in it is executed."""
 
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -87,10 +86,8 @@ CHECKPOINTS = [
     # read by   how it is made                                   the line has
     (EVALUATE,  lambda path: path.write_bytes(b""),              "not a checkpoint"),
     (EVALUATE,  lambda path: path.write_bytes(b"some text\n"),   "not a checkpoint"),
-    (EVALUATE,  lambda path: path.write_bytes(pickle.dumps(Malicious())), "not a checkpoint"),
     (EVALUATE,  saved(Malicious()),                              "more than tensors and plain"),
     (EVALUATE,  replaced_by_folder,                              "without a run's checkpoints"),
-    (EVALUATE,  lambda path: os.unlink(path) or os.mkfifo(path), "not a file"),
     (EVALUATE,  damaged(lambda data: data[: len(data) // 2]),    "damaged, or"),
     (EVALUATE,  damaged(flip),                                   "its SHA-256 is not the stored"),
     (EVALUATE,  saved([1, 2]),                                   "no dictionary"),
@@ -100,15 +97,10 @@ CHECKPOINTS = [
     (EVALUATE,  weight("fc.bias", torch.zeros(2)),               "unexpected model.fc.bias"),
     (EVALUATE,  weight("embedding.bias", torch.zeros(9)),        "(9,) instead of (16,)"),
     (EVALUATE,  flag("model", "os.system"),                      "stored flags are not valid"),
-    (EVALUATE,  flag("embedding_size", 10**9),                   "stored flags are not valid"),
     (TRAIN,     altered(as_published),                           "evaluate.py takes it"),
     (TRAIN,     altered(without_history),                        "it lacks history"),
-    (TRAIN,     flag("nonsense", 1),                             "stored flags are not valid"),
     (TRAIN,     flag("lr", float("nan")),                        "stored flags are not valid"),
     (TRAIN,     weight("embedding.bias", torch.zeros(9)),        "its state is not that of this"),
-    (TRAIN,     put("criterion_state_dict", value={}),           "its state is not that of this"),
-    (TRAIN,     put("optimizer_state_dict", "param_groups", value=[]), "parameter groups"),
-    (TRAIN,     put("scheduler_state_dict", value=None),         "its state is not that of this"),
 ]  # fmt: skip
 
 
@@ -150,7 +142,6 @@ def test_weights_that_are_not_finite_are_of_no_use(capsys, bad, read, flags):
     ("",                                              "name one checkpoint or run folder"),
     ("{good} --resume {good}",                        "name one checkpoint or run folder"),
     ("--resume nowhere.pth",                          "nowhere.pth: no such checkpoint"),
-    ("--resume /dev/zero",                            "/dev/zero: not a checkpoint"),
     ("--resume {good} --json /nowhere/r.json",        "--json /nowhere/r.json"),
     ("--resume {good} --json /",                      "--json /"),
     ("--resume {good} --json /dev/null",              "--json /dev/null"),

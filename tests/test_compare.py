@@ -83,6 +83,30 @@ def test_the_difference_to_a_baseline_is_paired_by_seed(runs, capsys):
     assert rows["False"] == "baseline"
 
 
+def test_runs_are_compared_by_the_least_of_their_ks(runs, capsys):
+    for seed in (1, 2):
+        for method in ("", "--disent False"):
+            flags = f"--epochs 1 --seed {seed} --lr 1e-2 --ks 4 2 {method}"
+            train.main(shlex.split(f"{TINY} {flags} --LOG_DIR ks --remark _ks"))
+    folders = {method: sorted(runs.glob(f"ks/*/*{method}*_ks")) for method in ("al1.0", "al0.0")}
+    ddml, plain = ([metrics(folder)[-1]["R@2"] for folder in each] for each in folders.values())
+    difference = f"{mean(ours - theirs for ours, theirs in zip(ddml, plain)):+.2f} ± "
+    for logs in ("ks", "logs ks"):  # alone, and beside runs with R@1
+        compare.main([*logs.split(), "--baseline", "disent=False", "--csv", "t.csv",
+                      "--plot", "t.png"])  # fmt: skip
+        with open("t.csv") as file:
+            rows = [row for row in csv.DictReader(file) if row["last R@2 - baseline's"]]
+        ours, theirs = sorted(rows, key=lambda row: row["--disent"])[::-1]
+        assert ours["last R@2 - baseline's"].startswith(difference)
+        assert theirs["last R@2 - baseline's"] == "baseline"
+        assert ours["best R@2 - paper's"] == f"{mean(ddml) - 79.6:+.2f}"
+        assert not ours.get("last R@1") and ours["last R@4"].endswith("(2)")
+        assert Image.open("t.png").size[0] > 1000
+    compare.main(["logs", "ks", "--baseline", "ks=None", "--csv", "t.csv"])
+    with open("t.csv") as file:
+        assert {row["--ks"] for row in csv.DictReader(file)} == {"None", "[4, 2]", ""}
+
+
 @pytest.mark.parametrize("flags, line", [
     ("nowhere", "nowhere: no such folder"),
     ("", "required: FOLDER"),

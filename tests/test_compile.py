@@ -70,27 +70,12 @@ def test_the_gradient_of_a_compiled_maximum_compares_no_values(fast):
 
 
 def test_what_cannot_be_compiled_ends_in_one_line(here, monkeypatch, capsys):
-    def without_a_compiler(graph, inputs):
-        raise OSError("no compiler here")
+    def without_a_compiler(graph, inputs, mode="the usual mode"):
+        raise OSError(f"no compiler for {mode}")
 
     make_cub(here / "data")
     monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=without_a_compiler))
-    line = fails(TINY + "--compile", capsys)
-    assert "--compile: torch cannot compile toy: " in line and "no compiler here" in line
-
-
-def test_compile_can_ask_for_cuda_graphs_and_the_run_keeps_to_it(here, monkeypatch, capsys):
-    modes = []
-
-    def plain(function, dynamic, mode):
-        modes.append(mode)
-        return function
-
-    make_cub(here / "data")
-    monkeypatch.setattr(torch, "compile", plain)
-    train.main(shlex.split(TINY + "--compile --LOG_DIR usual"))
-    train.main(shlex.split(TINY + "--compile reduce-overhead --epochs 1"))
-    train.main(shlex.split(f"--resume '{run_folder(here)}' --epochs 2"))
-    assert modes == [None, "reduce-overhead", "reduce-overhead"]
-    assert "_compilereduce-overhead_" in run_folder(here).name
+    for flags, mode in (("", "the usual mode"), ("reduce-overhead", "reduce-overhead")):
+        line = fails(f"{TINY} --compile {flags} --overwrite", capsys)
+        assert "--compile: torch cannot compile toy: " in line and f"no compiler for {mode}" in line
     assert "argument --compile: " in fails(TINY + "--compile fast", capsys)

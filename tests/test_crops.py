@@ -60,12 +60,6 @@ def test_crops_are_the_same_where_products_round_their_factors(monkeypatch):
     assert torch.equal(resized_crops(*where, 33, "bicubic"), theirs) and len(rounded) == 2
 
 
-def test_the_order_of_the_passes_is_that_of_the_pillow_that_is_installed(monkeypatch):
-    *where, theirs = images_and_crops(33, "bilinear")
-    monkeypatch.setattr(crops, "TALL_BY_ROWS", not crops.TALL_BY_ROWS)
-    assert not torch.equal(resized_crops(*where, 33), theirs)
-
-
 def test_crops_never_wait_for_the_device():
     pixels, table, longest, _ = images_and_crops(33, "bilinear")
     there = resized_crops(pixels.to("meta"), table.to("meta"), longest, 33, "bicubic")

@@ -176,14 +176,6 @@ def test_missing_data_names_every_path_tried(tmp_path, name):
         assert str(tmp_path / folder) in str(error.value)
 
 
-def test_a_list_cannot_lead_out_of_its_folder(tmp_path):
-    make_sop(tmp_path)
-    file = tmp_path / SOP / "Ebay_train.txt"
-    file.write_text(file.read_text() + "9 9 1 ../../secret.jpg\n")
-    with pytest.raises(UserError, match="secret.jpg leaves"):
-        dataset.load("SOP", tmp_path, "train")
-
-
 # --- images: read, augmented, centred ----------------------------------------------------------
 
 
@@ -196,14 +188,6 @@ def test_every_colour_mode_becomes_rgb(tmp_path, mode, suffix):
     image = read_image(path)
     assert image.mode == "RGB" and image.size == (40, 30)
     assert np.abs(np.asarray(image).astype(int) - 255).max() <= 6
-
-
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0 torn"])
-def test_an_unreadable_image_is_named(tmp_path, content):
-    path = tmp_path / "bird.jpg"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="bird.jpg"):
-        read_image(path)
 
 
 def noise(width, height):

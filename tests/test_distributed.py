@@ -16,8 +16,9 @@ import evaluate
 import sharded
 import train
 import utils
-from distributed import SharedBatchNorm
 from loading import loader
+from net.batch_norm import SharedBatchNorm
+from runs import checks
 from tests import processes
 from tests.conftest import ROOT, TINY, checkpoint_of, fails, make_cub, metrics, run_folder
 
@@ -146,14 +147,14 @@ def test_an_error_of_a_later_process_alone_is_said_at_once(here):
     start = time.monotonic()
     job = torchrun(2, f"tests.processes lacking {TINY}")
     assert job.wait(60) != 0 and time.monotonic() - start < 30
-    assert "train.py (rank 1): error: no cub data set under" in Path("log").read_text()
+    assert "processes.py (rank 1): error: no cub data set under" in Path("log").read_text()
 
 
 def test_what_cannot_be_shared_is_refused_in_one_line(here, capsys, monkeypatch):
     make_cub(here / "data")
-    monkeypatch.setattr(train, "world_size", lambda: 9)
+    monkeypatch.setattr(checks, "world_size", lambda: 9)
     assert "--batch-size 8: fewer than the 9 processes" in fails(TINY, capsys)
-    monkeypatch.setattr(train, "world_size", lambda: 1)
+    monkeypatch.setattr(checks, "world_size", lambda: 1)
     with monkeypatch.context() as patch:
         patch.setattr(loader, "world_size", lambda: 21)
         assert "20 test images: fewer than the 21 processes" in fails(TINY, capsys)

@@ -12,6 +12,7 @@ import pytest
 import dataset.files
 import train
 from losses import DDML
+from runs import safety
 from storage import read_checkpoint
 from tests.conftest import TINY, fails, make_cub, metrics, run_folder
 
@@ -78,9 +79,9 @@ def test_the_line_names_epoch_step_number_and_files(folder, capsys, monkeypatch,
     ("--checkpoint-every 3", 1e9, 3),   # before a checkpoint
 ])  # fmt: skip
 def test_the_run_stops_at_the_next_look_or_save(folder, capsys, monkeypatch, flags, seconds, made):
-    assert train.FETCH_SECONDS <= 1
+    assert safety.FETCH_SECONDS <= 1
     before = weights(folder)
-    monkeypatch.setattr(train, "FETCH_SECONDS", seconds)
+    monkeypatch.setattr(safety, "FETCH_SECONDS", seconds)
     steps = spoil(monkeypatch, 1)
     assert "epoch 1, step 1: the loss" in fails(TEN_STEPS + f"--resume {flags}", capsys)
     assert len(steps) == made and weights(folder) == before

@@ -4,17 +4,13 @@ import hashlib
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from benchmarks.network import Plain
-from loading.augment import to_pixels
-from losses import DDML, ProxyAnchor
 from net import backbones, create_model, l2_normalize, load_model
 from net.bn_inception import BNInception
 from recipe import prepare_epoch
 from storage import write_checkpoint
-from tests.conftest import published_checkpoint
 from utils import UserError
 
 D = 8
@@ -39,12 +35,6 @@ def imagenet(tmp_path, disent):
     path = tmp_path / "bn_inception.pth"
     torch.save(state, path)
     return path, state
-
-
-def test_forward_gives_two_heads_with_disent_and_one_without(disent):
-    head, head_specific = disent(IMAGES)
-    assert head.shape == head_specific.shape == (2, 2 * D)
-    assert create_model("bn_inception", D)(IMAGES).shape == (2, D)
 
 
 def test_embed_is_the_normalised_mean(disent):
@@ -138,23 +128,6 @@ def test_checkpoint_loads_network_alone(tmp_path, disent):
     assert torch.equal(model.embed(IMAGES), disent.embed(IMAGES))
 
 
-@pytest.mark.parametrize("change", ["missing", "unexpected", "misshapen"])
-def test_checkpoint_with_a_wrong_key_is_refused_by_name(tmp_path, disent, change):
-    state = disent.state_dict()
-    key = "model.conv2_3x3.weight"
-    if change == "missing":
-        del state[key]
-    elif change == "unexpected":
-        key = "model.conv9.weight"
-        state[key] = torch.zeros(1)
-    else:
-        state[key] = state[key][:1]
-    path = tmp_path / "published.pth"
-    torch.save({"model_state_dict": state}, path)
-    with pytest.raises(UserError, match=f"{path}.*{change} {key}"):
-        create_model("bn_inception", D, disent=True, weights=str(path))
-
-
 @pytest.mark.parametrize("name", ["bn_inception", "googlenet", "resnet18"])
 def test_download_names_cache_and_host_and_the_way_out(tmp_path, name):
     with pytest.raises(UserError) as error:
@@ -184,8 +157,9 @@ def test_download_is_checked_against_the_whole_sha256(monkeypatch, imagenet):
 
 # --- what every backbone has --------------------------------------------------------------------
 
-BACKBONES = ["bn_inception", "googlenet", "resnet18", "timm/vit_tiny_patch16_224",
-             "timm/swin_tiny_patch4_window7_224", "timm/mobilenetv3_small_050"]  # fmt: skip
+BACKBONES = [*(name for name in backbones.BACKBONES if name not in ("resnet50", "resnet101")),
+             "timm/vit_tiny_patch16_224", "timm/swin_tiny_patch4_window7_224",
+             "timm/mobilenetv3_small_050"]  # fmt: skip
 PIXELS = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
 
 
@@ -232,23 +206,18 @@ def test_pooling_is_average_plus_maximum_of_maps_and_a_transformers_own_of_token
     torch.testing.assert_close(vit.pool(vit.prepare(PIXELS)), tokens[:, 0])
 
 
-@pytest.mark.parametrize("name, order, mean, std", [
-    ("bn_inception", (2, 1, 0), (104, 117, 128), (1, 1, 1)),
-    ("resnet18", (0, 1, 2), (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
-    ("googlenet", (0, 1, 2), (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
-    ("timm/vit_tiny_patch16_224", (0, 1, 2), (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
+@pytest.mark.parametrize("name, order, mean, std, resized", [
+    ("bn_inception", (2, 1, 0), (104, 117, 128), (1, 1, 1), "bilinear"),
+    ("resnet18", (0, 1, 2), (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), "bilinear"),
+    ("googlenet", (0, 1, 2), 3 * (127.5,), 3 * (127.5,), "bilinear"),
+    ("timm/vit_tiny_patch16_224", (0, 1, 2), 3 * (127.5,), 3 * (127.5,), "bicubic"),
 ])  # fmt: skip
-def test_prepare_knows_order_mean_and_scale_of_the_network(name, order, mean, std):
-    pixels = to_pixels(Image.new("RGB", (64, 64), (10, 20, 30)))
-    images = create_model(name, D).prepare(pixels[None])
-    rgb = (10, 20, 30)
-    expected = [(rgb[c] - m) / s for c, m, s in zip(order, mean, std)]
+def test_images_are_prepared_as_the_network_wants_them(name, order, mean, std, resized):
+    model, rgb = create_model(name, D), torch.tensor([10, 20, 30], dtype=torch.uint8)
+    images = model.prepare(rgb.expand(1, 64, 64, 3))
+    expected = [(rgb[c].item() - m) / s for c, m, s in zip(order, mean, std)]
     assert images[0, :, 5, 5].tolist() == pytest.approx(expected, rel=1e-5)
-
-
-def test_interpolation_is_the_networks():
-    assert create_model("bn_inception", D).interpolation == "bilinear"
-    assert create_model("timm/vit_tiny_patch16_224", D).interpolation == "bicubic"
+    assert model.interpolation == resized
 
 
 class OneOfEach(nn.Module):
@@ -280,26 +249,6 @@ def test_load_model_rebuilds_a_checkpoint_of_ours(tmp_path, name, disent):
     assert torch.equal(loaded.embed(loaded.prepare(PIXELS)), model.embed(model.prepare(PIXELS)))
 
 
-def test_load_model_rebuilds_a_published_checkpoint(tmp_path):
-    loaded = load_model(published_checkpoint(tmp_path / "published.pth"))
-    assert (loaded.name, loaded.embedding_size, loaded.disent) == ("bn_inception", 512, True)
-
-
-def test_a_training_step_under_bfloat16_autocast_is_near_float32_and_finite():
-    torch.manual_seed(0)
-    model = create_model("bn_inception", D, disent=True)
-    prepare_epoch(model, epoch=1, warm=1, bn_freeze=True)
-    criterion = DDML(ProxyAnchor(2, D), 1.0, 0.1, 1e-5)
-    labels, noise = torch.arange(2), torch.randn(2, 2, D)
-    expected, _ = criterion(*model(IMAGES), labels, noise)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = criterion(*model(IMAGES), labels, noise)
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
-    gradients = [p.grad for n, p in model.named_parameters() if "last_linear" not in n]
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
-
-
 def test_a_network_with_parameters_of_five_dimensions_is_built():
     net = create_model("timm/lambda_resnet26t", 8)
     assert any(parameter.ndim == 5 for parameter in net.parameters())
@@ -313,11 +262,7 @@ def test_preparing_leaves_the_pixels_as_they_are():
     assert torch.equal(pixels, before)
 
 
-@pytest.mark.parametrize("checkpoint, line", [
-    ({"model_state_dict": {"x": torch.ones(1)}}, "no model.embedding.weight"),
-    ({"model_state_dict": {}, "args": 5}, "odd flags"),
-])  # fmt: skip
-def test_a_checkpoint_that_does_not_tell_what_its_network_is_is_refused(tmp_path, checkpoint, line):
-    torch.save(checkpoint, tmp_path / "odd.pth")
-    with pytest.raises(UserError, match=line):
+def test_a_checkpoint_that_does_not_tell_what_its_network_is_is_refused(tmp_path):
+    torch.save({"model_state_dict": {"x": torch.ones(1)}}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match="no model.embedding.weight"):
         load_model(tmp_path / "odd.pth")

@@ -14,7 +14,7 @@ from PIL import Image
 import dataset
 import evaluate
 import train
-from dataset import check, folder
+from dataset import check
 from retrieval.embed import embed
 from tests import kill
 from tests.conftest import (
@@ -463,4 +463,3 @@ def test_only_train_draws_the_demo(here, capsys):
     for main, flags in ((evaluate.main, f"'{run_folder(here)}' "), (check.main, "")):
         error = fails(flags + "--dataset demo --data-root /nonexistent/x", capsys, main)
         assert "not drawn yet" in error and not Path("/nonexistent").exists()
-    assert folder.KS == (1, 2, 4, 8)

@@ -87,8 +87,8 @@ def results(images, embeddings):
     sides = sides if images.queries else sides[:2]
     hits = hits_at_k(*sides[:2], (1,), *sides[2:])
     near = neighbours(embeddings, NEIGHBOURS, images.queries)
-    text = page.results_page("a run", "", {}, images, hits, near).decode()
-    Path("page.html").write_text(text)
+    head = {"title": "a run", "about": "", "metrics": [], "curves": None}
+    Path("page.html").write_bytes(page.results_page(head, images, hits, near))
     return data_of("page.html")
 
 

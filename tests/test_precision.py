@@ -11,6 +11,7 @@ import evaluate
 import search
 import train
 import utils
+from losses import LOSSES, PROXY_LOSSES
 from net import create_model, load_model
 from net.export import save_model
 from recipe import build_training, prepare_epoch, settle_loss, train_step
@@ -55,6 +56,16 @@ def training(flags):
     return build_training(args, 2, torch.device("cpu"), None)
 
 
+def step_of(side):
+    """A training step, after which loss, parameters and gradients are float32 and finite."""
+    images = side.model.prepare(PIXELS[:, :32, :32])
+    step = train_step(side.model, side.criterion, side.optimizer, images, torch.arange(4) % 2)
+    parameters = [*side.model.parameters(), *side.criterion.parameters()]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    assert all(x.dtype == torch.float32 and x.isfinite().all()
+               for x in (step["loss"], *parameters, *gradients))  # fmt: skip
+
+
 @pytest.mark.parametrize("bn_freeze", [True, False])
 @pytest.mark.parametrize("name", ["toy", "bn_inception"])
 def test_bf16_trains_float32_parameters_through_bfloat16_maps_and_float32_heads(name, bn_freeze):
@@ -67,16 +78,21 @@ def test_bf16_trains_float32_parameters_through_bfloat16_maps_and_float32_heads(
         head.register_forward_hook(lambda *call: heads.extend([call[1][0].dtype, call[2].dtype]))
     prepare_epoch(model, epoch=1, warm=1, bn_freeze=bn_freeze)
     before = model.model.embedding.weight.detach().clone()
-    images = model.prepare(PIXELS[:, :32, :32])
     with convolutions(seen := []):
-        values = train_step(model, side.criterion, side.optimizer, images, torch.arange(4) % 2)
+        step_of(side)
     assert {x.dtype for pair in seen for x in pair} == {torch.bfloat16}
     assert set(maps) <= {torch.bfloat16} and heads == [torch.float32] * 4
-    assert values["loss"].dtype == torch.float32 and values["loss"].isfinite()
-    parameters = [*model.parameters(), *side.criterion.parameters()]
-    assert all(p.dtype == torch.float32 for p in parameters)
-    assert all(p.grad.dtype == torch.float32 for p in parameters if p.grad is not None)
     assert not torch.equal(model.model.embedding.weight, before)
+
+
+@pytest.mark.parametrize("flags", [*(f"--loss {name} --disent False" for name in LOSSES),
+                                   *(f"--loss {name}" for name in PROXY_LOSSES)])  # fmt: skip
+def test_bf16_hands_each_loss_float32_embeddings_and_leaves_float32_parameters(flags):
+    side, seen = training(f"--precision bf16 {flags}"), []
+    metric_loss = getattr(side.criterion, "metric_loss", side.criterion)
+    metric_loss.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    step_of(side)
+    assert seen == [torch.float32]
 
 
 @pytest.mark.parametrize("name", BACKBONES)

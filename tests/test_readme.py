@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+import dataset
 import evaluate
 import search
 import train
 from dataset import demo
-from tests.conftest import ROOT, TINY, make_folder, run_folder
+from loading.loader import Loading, batches, test_loader
+from tests.conftest import ROOT, TINY, checkpoint_of, make_folder, run_folder
 
 
 def python_blocks():
@@ -28,25 +30,20 @@ def test_the_python_block_embeds_an_image_of_the_demo(here, monkeypatch):
     (block,) = (block for block in python_blocks() if "load_model" in block)
     names = {}
     exec(block, names)
-    (expected,) = (path for path in run_folder(here).glob("*_last.pth"))
     assert names["embedding"].shape == (1, 64)
     assert abs(names["embedding"].norm().item() - 1) < 1e-5
 
-    model = names["load_model"](expected)
-    images = train.dataset.load("demo", "data", "train")
+    model = names["load_model"](checkpoint_of(run_folder(here)))
+    images = dataset.load("demo", "data", "train")
     cpu = torch.device("cpu")
-    loader = train.test_loader(images, 8, train.Loading(64, 0, cpu))
+    loader = test_loader(images, 8, Loading(64, 0, cpu))
     with torch.inference_mode():
-        pixels, _, _ = next(train.batches(loader, cpu))
+        pixels, _, _ = next(batches(loader, cpu))
         first = model.embed(model.prepare(pixels))[:1]
     torch.testing.assert_close(names["embedding"], first, rtol=1e-4, atol=1e-5)
 
 
-def test_the_example_runs_in_20_lines(capsys):
-    example = ROOT / "examples" / "own_loop.py"
-    code = [line for line in example.read_text().splitlines()
-            if line.strip() and not line.startswith(("import", "from", '"""'))]  # fmt: skip
-    assert len(code) <= 20
+def test_the_example_runs(capsys):
     runpy.run_module("examples.own_loop", run_name="__main__")
     assert capsys.readouterr().out.count("agnostic") == 3
 
@@ -73,7 +70,6 @@ def test_the_export_is_searched_in_a_vector_database(here):
     train.main(shlex.split(flags + " --epochs 1"))
     evaluate.main([str(run_folder(here)), "--workers", "0", "--export", "OUT.parquet"])
     (block,) = (block for block in python_blocks() if "Milvus" in block)
-    assert len([line for line in block.splitlines() if line]) <= 10
     names = {}
     exec(block, names)
     client, part = names["client"], names["part"]
@@ -93,9 +89,10 @@ def test_make_alone_lists_what_there_is():
     assert names == ["make help", "make demo", "make test", "make test-gpu", "make install"]
 
 
-def test_every_file_that_the_readme_names_is_there():
-    text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+def test_every_file_that_the_documentation_names_is_there():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+    text = "".join(page.read_text() for page in pages)
     named = re.findall(r"`([\w/]+\.(?:py|md)|LICENSE)`", text)
     assert len(named) > 10
-    folders = ("", "dataset/")  # the map for maintainers names a folder once for several files
-    assert all(any((ROOT / folder / name).exists() for folder in folders) for name in named)
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert [name for name in missing if not (ROOT / "tests" / name).exists()] == []

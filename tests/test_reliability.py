@@ -4,9 +4,9 @@ import copy
 import errno
 import json
 import os
+import resource
 import shlex
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -53,57 +53,50 @@ def saved(tmp_path):
     return folder, small_checkpoint(2, 70.0)
 
 
-CALLS = ["open", "write", "fsync", "replace", "close"]
+CALLS = ["open", "fsync", "replace", "close"]
 
 
-def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_next_file(
-    saved, monkeypatch
+def disk_full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def nothing_is_lost(folder):
+    assert folder.newest_checkpoint()[1]["epoch"] in (1, 2)
+    assert best_epoch(folder) in (0, 2)
+    assert [record["epoch"] for record in metrics(folder.folder)] in ([0, 1], [0, 1, 2])
+
+
+@pytest.mark.parametrize("call, least", [("open", 8), ("fsync", 8), ("replace", 5), ("close", 8)])
+def test_an_error_at_any_call_of_a_save_is_one_line_and_loses_nothing(
+    saved, monkeypatch, call, least
 ):
+    """best, results, metrics and last are written and synced, and so are their names."""
     folder, checkpoint = saved
-    made, fsync, replace = [], os.fsync, os.replace
-
-    def watched_fsync(descriptor):
-        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-        made.append("names" if is_folder else "file")
-        fsync(descriptor)
-
-    def watched_replace(*paths):
-        made.append("rename")
-        replace(*paths)
-
-    monkeypatch.setattr(os, "fsync", watched_fsync)
-    monkeypatch.setattr(os, "replace", watched_replace)
-    save(folder, checkpoint)
-    plain, kept = ["file", "rename", "names"], ["file", "rename", "rename", "names"]
-    assert made == 3 * plain + kept  # best, results, metrics; last, keeping the one before
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
-@pytest.mark.parametrize("call", CALLS)
-def test_an_error_at_any_call_of_a_save_is_one_line_and_leaves_a_loadable_checkpoint(
-    saved, monkeypatch, call, code
-):
-    folder, checkpoint = saved
-    failed = 0
-
-    def raise_error():
-        raise OSError(code, os.strerror(code))
-
     for n in range(1000):
         with monkeypatch.context() as patch:
-            kill.at_call(patch.setattr, [call], n, raise_error)
+            kill.at_call(patch.setattr, [call], n, disk_full)
             try:
                 save(folder, checkpoint)
                 break
             except UserError as error:
-                failed += 1
                 assert "bytes needed" in str(error) and str(folder.folder) in str(error)
-        _, found = folder.newest_checkpoint()
-        assert found["epoch"] in (1, 2)
+        nothing_is_lost(folder)
         assert not list(folder.folder.glob(".*.tmp"))
-        assert best_epoch(folder) in (0, 2)
-    assert failed >= 4  # best, results, metrics, last
-    assert folder.newest_checkpoint()[1]["epoch"] == 2
+    assert n >= least and folder.newest_checkpoint()[1]["epoch"] == 2
+
+
+def test_a_disk_that_is_full_within_a_file_is_one_line_and_loses_nothing(saved):
+    folder, checkpoint = saved
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 50, 500, 4000, 5000):  # bytes that a file may have
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+        try:
+            with pytest.raises(UserError, match="bytes needed"):
+                save(folder, checkpoint)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        nothing_is_lost(folder)
+        assert not list(folder.folder.glob(".*.tmp"))
 
 
 def test_a_kill_at_any_call_of_a_save_leaves_a_loadable_checkpoint_and_whole_metrics(saved):
@@ -115,9 +108,7 @@ def test_a_kill_at_any_call_of_a_save_leaves_a_loadable_checkpoint_and_whole_met
             save(folder, checkpoint)
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        assert folder.newest_checkpoint()[1]["epoch"] in (1, 2)
-        assert best_epoch(folder) in (0, 2)
-        assert [record["epoch"] for record in metrics(folder.folder)] in ([0, 1], [0, 1, 2])
+        nothing_is_lost(folder)
         if status == 0:
             break
     assert n > 15 and folder.newest_checkpoint()[1]["epoch"] == 2
@@ -141,21 +132,13 @@ def test_the_good_checkpoint_outlives_a_failed_save_after_a_damaged_one(saved, m
     path, good = folder.newest_checkpoint()
     assert path == folder.previous
 
-    def fail():
-        raise OSError(errno.EIO, "I/O error")
-
     with monkeypatch.context() as patch:
-        kill.at_call(patch.setattr, CALLS, n, fail)
+        kill.at_call(patch.setattr, CALLS, n, disk_full)
         try:
             save(folder, checkpoint | {"partial": {"step": 1}})
         except UserError:
             pass
     assert folder.newest_checkpoint()[1]["epoch"] in (good["epoch"], checkpoint["epoch"])
-
-
-def test_a_run_is_not_continued_with_other_images(here, run, capsys):
-    next((here / "data").rglob("Bird_0005.jpg")).unlink()
-    assert "started with other images" in fails(TINY + "--resume", capsys)
 
 
 def test_a_truncated_checkpoint_is_found_at_any_length(saved):
@@ -282,10 +265,6 @@ def test_a_save_lets_go_of_the_devices_copy_before_it_writes(tmp_path, monkeypat
     del checkpoint
     folder.wait()
     assert seen == [None, None]
-
-
-def disk_full(*args):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("n", [0, 3, 5])  # before an evaluation; after one; at the end
@@ -436,11 +415,3 @@ def test_files_of_the_users_beside_a_resumed_checkpoint_are_left_alone(here, run
     train.main(shlex.split(TINY + f"--epochs 2 --resume {last}"))
     for name in (".notes.tmp", "thesis.replaced"):
         assert (here / "papers" / name).read_text() == "mine"
-
-
-def test_a_damaged_checkpoint_that_cannot_be_put_aside_is_one_line(saved):
-    folder, _ = saved
-    folder.last.write_bytes(b"damaged")
-    Path(f"{folder.last}.damaged").mkdir()
-    with pytest.raises(UserError, match="cannot be renamed"):
-        folder.newest_checkpoint()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import train
 import utils
+from runs import safety
 from tests.conftest import TINY, make_cub, run_folder
 
 
@@ -39,7 +40,7 @@ def test_a_quiet_run_prints_its_results_alone(here, capsys):
 
 def test_the_bar_shows_loss_and_images_a_second(here, capsys, monkeypatch):
     make_cub(here / "data")
-    monkeypatch.setattr(train, "FETCH_SECONDS", 0)
+    monkeypatch.setattr(safety, "FETCH_SECONDS", 0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(utils, "tqdm", partial(utils.tqdm, mininterval=0))
     train.main(shlex.split(TINY + "--epochs 1"))

@@ -39,21 +39,6 @@ def published_commands():
     return {re.search(r"--dataset (\w+)", command)[1]: command for command in commands}
 
 
-def test_readme_has_the_three_published_commands():
-    common = (
-        "--gpu-id 0 --loss Proxy_Anchor --model bn_inception --embedding-size 512 "
-        "--batch-size 180 --lr "
-    )
-    assert {name: " ".join(command.split()) for name, command in published_commands().items()} == {
-        "cub": common + "1e-4 --dataset cub --warm 1 --bn-freeze 1 --lr-decay-step 10 "
-        "--disent True --al 1.0 --be 0.1 --gam 0.00001",
-        "car": common + "1e-4 --dataset car --warm 1 --bn-freeze 1 --lr-decay-step 20 "
-        "--disent True --al 1.0 --be 0.1 --gam 0.001",
-        "SOP": common + "6e-4 --dataset SOP --warm 1 --bn-freeze 0 --lr-decay-step 20 "
-        "--lr-decay-gamma 0.25 --disent True --al 1.0 --be 1.0 --gam 0.0001",
-    }
-
-
 PUBLISHED = [
     ("cub", make_cub, "logs_cub", "al1.0_be0.1_gam1e-05_adamw_lr0.0001", (1, 2, 4, 8, 16, 32)),
     ("car", make_cars, "logs_cars", "al1.0_be0.1_gam0.001_adamw_lr0.0001", (1, 2, 4, 8, 16, 32)),
@@ -68,7 +53,9 @@ def test_published_command_trains_and_its_best_checkpoint_evaluates_to_the_same_
     if name != "cub":  # once is enough of what takes long and is the same
         monkeypatch.setitem(BACKBONES, "bn_inception", BACKBONES["toy"])
     make(here / "data")
-    train.main(shlex.split(f"{published_commands()[name]} {SMALL} --wandb disabled"))
+    command = published_commands()[name]
+    assert "--batch-size 180 " in command  # all else is in the folder's name
+    train.main(shlex.split(f"{command} {SMALL} --wandb disabled"))
 
     folder = run_folder(here)
     assert folder.parent.name == logs
@@ -121,35 +108,21 @@ def test_script_starts_as_a_command_and_reports_a_user_error_with_status_2(tmp_p
     assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
 
 
-def test_without_disent_proxy_anchor_trains_alone_and_evaluates(here, capsys):
+def test_without_disent_proxy_anchor_trains_alone(here):
     make_cub(here / "data")
-    train.main(shlex.split(TINY + "--disent False"))
-    (best,) = run_folder(here).glob("*_best.pth")
-    assert "model.embedding_specific.weight" not in torch.load(best)["model_state_dict"]
-    record = metrics(run_folder(here))[-1]
+    train.main(shlex.split(TINY + "--disent False --epochs 1"))
+    state = torch.load(checkpoint_of(run_folder(here)))["model_state_dict"]
+    assert "model.embedding_specific.weight" not in state
+    (record,) = metrics(run_folder(here))
     assert record["loss"] == record["metric"] and record["agnostic"] is None
-    evaluate.main(["--resume", str(best), "--workers", "0"])
-    assert "R@1 : " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", ["", "--disent False", "--disent no", "--disent 0"])
-def test_disent_values_that_mean_no(flags):
-    assert train.build_parser().parse_args(flags.split()).disent is False
-
-
-@pytest.mark.parametrize("value", ["True", "true", "1", "yes", "YES", ""])
-def test_disent_values_that_mean_yes(value):
-    assert train.build_parser().parse_args(f"--disent {value}".split()).disent is True
-
-
-def test_resume_by_path_takes_the_runs_own_flags(here, capsys):
-    make_cub(here / "data")
-    train.main(shlex.split(TINY + "--epochs 1 --lr 3e-4"))
-    last = run_folder(here) / "cub_toy_last.pth"
-    train.main(shlex.split(f"--resume {last} --epochs 2 --workers 0 --wandb disabled"))
-    assert [record["lr"] for record in metrics(run_folder(here))] == [3e-4, 3e-4]
-    error = fails(f"--resume {last} --epochs 3 --lr 1e-4", capsys)
-    assert "--lr 0.0001" in error and "0.0003" in error
+def test_disent_takes_what_users_type():
+    parse = train.build_parser().parse_args
+    for flags in ("", "--disent False", "--disent no", "--disent 0"):
+        assert parse(flags.split()).disent is False
+    for flags in ("--disent", "--disent True", "--disent YES", "--disent 1"):
+        assert parse(flags.split()).disent is True
 
 
 def test_resume_of_a_finished_run_says_so_and_changes_nothing(here, capsys):
@@ -173,16 +146,6 @@ def test_overwrite_starts_anew_in_the_same_folder(run):
     before = metrics(run)
     train.main(shlex.split(TINY + "--epochs 1 --overwrite"))
     assert len(metrics(run)) == 1 and metrics(run) != before  # the times are others
-
-
-def test_a_checkpoint_with_wrong_keys_is_refused_by_name(here, capsys):
-    def change(state):
-        del state["model.conv2_3x3.bias"]
-        state["model.extra"] = torch.ones(1)
-
-    path = published_checkpoint(here / "published.pth", change)
-    error = fails(f"--resume {path}", capsys, evaluate.main)
-    assert "missing model.conv2_3x3.bias; unexpected model.extra" in error
 
 
 def test_a_published_checkpoint_evaluates_and_starts_a_run_but_is_not_resumed(here, capsys):

@@ -1,0 +1,39 @@
+"""What flags, losses and images cannot be together: one line before anything is trained."""
+
+from distributed import world_size
+from losses import PROXY_LOSSES
+from utils import UserError, warn
+
+
+def check_loss(args):
+    """UserError or warning where the flags of the loss do not go together."""
+    has_proxies = args.loss in PROXY_LOSSES
+    if args.shard_proxies and args.loss != "Proxy_Anchor":
+        raise UserError(f"--shard-proxies: --loss {args.loss} needs all of its parameters in each "
+                        "process; use --loss Proxy_Anchor, or leave the flag out")  # fmt: skip
+    if args.disent and not has_proxies:
+        raise UserError(f"--disent True: --loss {args.loss} compares pairs of images and has no "
+                        f"proxies, which DDML's terms need; choose from {', '.join(PROXY_LOSSES)}")
+    weights = args.al + args.be + args.gam
+    if args.disent and not weights:
+        warn("--disent True, --al, --be and --gam of 0: trains the plain loss and an unused head")
+    if not args.disent and weights:
+        warn("--al, --be and --gam weigh nothing without --disent True: training the plain loss")
+    if not has_proxies and not args.IPC:
+        warn(f"--loss {args.loss} learns from pairs of one class; --IPC N puts some in each batch")
+
+
+def check_batches(args, images, name):
+    """UserError where --batch-size and --IPC make no batch of the training `images` of `name`."""
+    if args.batch_size > len(images):  # differs: the script trains on nothing, in silence
+        raise UserError(f"--batch-size {args.batch_size}: larger than the {len(images)} training "
+                        f"images of {name}; use {len(images)} or fewer")  # fmt: skip
+    if args.batch_size < world_size():
+        raise UserError(f"--batch-size {args.batch_size}: fewer than the {world_size()} processes "
+                        "that share a batch")  # fmt: skip
+    if args.IPC:
+        classes, rest = divmod(args.batch_size, args.IPC)
+        if rest or classes > len(images.classes):
+            raise UserError(f"--IPC {args.IPC}: a batch of --batch-size {args.batch_size} cannot "
+                            f"hold {args.IPC} images of each of a whole number of the "
+                            f"{len(images.classes)} classes")  # fmt: skip

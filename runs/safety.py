@@ -1,0 +1,47 @@
+"""What keeps a run safe while an epoch trains."""
+
+import shlex
+import time
+
+import torch
+
+from distributed import all_reduce_max, world_size
+from runs.checkpoint import save
+from utils import Interrupted, UserError, out_of_memory
+
+FETCH_SECONDS = 1  # between reads of the losses; each read waits for the device
+
+
+def after_step(training, run_folder, stop):
+    """Signals, failed saves, checkpoints in mid-epoch, and a look at the losses now and then."""
+    epoch, every = training.epoch, training.args.checkpoint_every
+    stop.check(all_reduce_max)
+    run_folder.check()
+    if every and epoch.step % every == 0:
+        save(training, run_folder)
+    elif all_reduce_max(time.perf_counter() > epoch.fetched + FETCH_SECONDS):
+        epoch.fetch()
+
+
+def early_end(error, training, run_folder):
+    """Save what can be saved after `error` (a signal, a damaged image, a full GPU); returns what to
+    raise, which says what is saved and how to continue."""
+    epoch = training.epoch
+    interrupted = isinstance(error, Interrupted)
+    gpu_full = isinstance(error, torch.OutOfMemoryError)
+    # a damaged image is met by one rank alone, and a save takes all of them
+    if epoch.step > epoch.saved and (interrupted or world_size() == 1 and not gpu_full):
+        save(training, run_folder)
+    go_on = "continue with --resume"
+    if run_folder.folder:
+        go_on = f"continue with: python train.py --resume {shlex.quote(str(run_folder.folder))}"
+    if interrupted:
+        run_folder.wait()
+        all_reduce_max(0)  # a rank that ended before rank 0 has saved would make torchrun end all
+        return Interrupted(error.number, go_on)
+    if gpu_full:
+        saved = training.history or epoch.saved
+        return UserError(out_of_memory(error) + ("; the last checkpoint is good" if saved else ""))
+    all_saved = epoch.step == epoch.saved
+    kept = "What was trained is saved" if all_saved else "The last checkpoint is good"
+    return type(error)(f"{error}. {kept}; with a good file in its place, {go_on}")
