@@ -151,12 +151,6 @@ def has(setting, baseline):
         return str(value).lower() == text.lower()
 
 
-def as_text(table):
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
-    return "".join(f"{line}\n" for line in lines)
-
-
 def plot(settings):
     """The seeds of each setting as dots, and their mean as a line."""
     from matplotlib.figure import Figure
@@ -189,7 +183,9 @@ def main(argv=None):
         raise UserError(f"--baseline {args.baseline}: no finished run has it; FLAG=VALUE, as in "
                         "disent=False")  # fmt: skip
     table = table_of(settings, baseline)
-    print(as_text(table) if settings else "no finished run")
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() + "\n" for line in table]
+    print("".join(lines) if settings else "no finished run")
     for line in left_out:
         print(f"left out: {line}")
     if args.csv:

@@ -1,7 +1,7 @@
 """The processes of one run, as torchrun starts them; without torchrun there is one.
 
 W processes make the step that one would: heads are gathered in order of rank, every rank computes
-the loss of the whole batch and backpropagates loss / W, and gradients are summed, then clipped.
+the loss of the gathered batch and backpropagates loss / W, and gradients are summed, then clipped.
 """
 
 import contextlib
@@ -54,16 +54,16 @@ def from_rank_0(function, for_others=lambda result: result):
     """Rank 0 calls `function`, the others return for_others(its result); all get its error."""
     if world_size() == 1:
         return function()
-    sent = [None, "rank 0 has failed"]
+    outcome = [None, "rank 0 has failed"]
     try:
         if rank() == 0:
             result = function()
-            sent = [for_others(result), None]
+            outcome = [for_others(result), None]
     except UserError as error:
-        sent = [None, str(error)]
+        outcome = [None, str(error)]
     finally:  # a bug on rank 0 ends the others too
-        dist.broadcast_object_list(sent)
-    received, error = sent
+        dist.broadcast_object_list(outcome)
+    received, error = outcome
     if error:
         raise UserError(error)
     return result if rank() == 0 else received
@@ -79,10 +79,10 @@ def once_a_machine(function):
 def rank_0_first():
     """In a `with`: the other ranks wait, and find what rank 0 has downloaded or drawn."""
     if rank() > 0:
-        dist.barrier()
+        barrier()
     yield
-    if rank() == 0 and world_size() > 1:
-        dist.barrier()
+    if rank() == 0:
+        barrier()
 
 
 def split_rows(items):
@@ -108,8 +108,13 @@ def all_reduce(x, op="sum"):
 
 
 def all_reduce_max(number):
-    """The greatest of all ranks' whole numbers: what one rank knows, all act on."""
+    """The greatest of all ranks' gathered numbers: what one rank knows, all act on."""
     return int(all_reduce(torch.tensor(int(number)), "max"))
+
+
+def barrier():
+    """Wait for all ranks, on the CPU."""
+    all_reduce_max(0)
 
 
 def all_reduce_gradients(parameters):
@@ -138,6 +143,6 @@ def all_gather(x, count=None):
     """Differentiable all-gather in order of rank: own rows in [count, ...] zeros, all-reduced."""
     if world_size() == 1:
         return x
-    whole = x.new_zeros(count or int(all_reduce(torch.tensor(len(x)))), *x.shape[1:])
-    rows_of_this_rank(whole).copy_(x)
-    return AllReduceSum.apply(whole)
+    gathered = x.new_zeros(count or int(all_reduce(torch.tensor(len(x)))), *x.shape[1:])
+    rows_of_this_rank(gathered).copy_(x)
+    return AllReduceSum.apply(gathered)

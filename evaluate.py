@@ -6,7 +6,7 @@ import dataset
 from distributed import init_processes, rank
 from flags import Parser, add_data_flags, add_network_flags, given_flags, parse_stored
 from loading.loader import Loading, batches, test_loader
-from net import CHOICES, model_name, network_from, network_of
+from net import CHOICES, model_name, network_from, state_and_flags
 from net.export import MODEL_FILES, save_model
 from retrieval.evaluate import describe, evaluate
 from retrieval.export import EMBEDDING_FILES, export
@@ -48,7 +48,7 @@ def resolve_flags(parser, argv):
         parser.error("name one checkpoint or run folder")
     path = checkpoint_in(args.checkpoint or args.resume)
     checkpoint = read_checkpoint(path)
-    _, theirs = network_of(checkpoint, path)
+    _, theirs = state_and_flags(checkpoint, path)
     if theirs.get("train_on") == "all" and not {"dataset", "data_root"} & given.keys():
         raise UserError(f"{path}: trained on all classes of {theirs['dataset']}, so that none are "
                         "left to test it on; name another data set with --dataset, or, for its "

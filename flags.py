@@ -7,7 +7,7 @@ from utils import UserError, did_you_mean
 VERSION = "0.2.0"
 PRECISIONS = {"fp32": "float32", "tf32": "TF32", "bf16": "bfloat16"}  # --precision, in words
 PRECISION_HELP = (
-    "fp32; tf32: products and convolutions round their factors to 11 bits, on GPUs that can; "
+    "fp32; tf32: convolutions and matrix products in TF32, those of the loss too, on GPUs; "
     "bf16: the backbone's maps in bfloat16, all else in float32"
 )
 
@@ -46,7 +46,7 @@ def add_data_flags(parser, data_set, choices, batch_size):
     add("--ks", nargs="+", type=at_least(1),
         help="of Recall@K; by default the data set's published ones, or 1 2 4 8")  # fmt: skip
     add("--metrics", **SWITCH, help="MAP@R and R-Precision beside Recall@K")
-    add("--image-size", default=224, type=at_least(1, most=2**12),
+    add("--image-size", default=224, type=at_least(1, maximum=2**12),
         help="side of the input; tests take the centre of images of 256/224 of it")  # fmt: skip
     add("--batch-size", default=batch_size, type=at_least(1), help="images a batch")
     add("--workers", default=4, type=at_least(0), help="processes that load images")
@@ -57,7 +57,7 @@ def add_network_flags(parser, model, choices):
     """Flags of the network; `model`: the type of --model. Returns the group's add_argument."""
     add = parser.add_argument_group("network").add_argument
     add("--model", default="bn_inception", type=model, metavar="NAME", help=choices)
-    add("--embedding-size", default=512, type=at_least(1, most=2**13), help="its dimensions")
+    add("--embedding-size", default=512, type=at_least(1, maximum=2**13), help="its dimensions")
     add("--l2-norm", default=True, type=boolean, help="L2-normalise the heads")
     add("--precision", default="fp32", choices=PRECISIONS, help=PRECISION_HELP)
     add("--gpu-id", default=0, type=at_least(-1), help="without torchrun; -1: the only GPU")
@@ -107,16 +107,16 @@ def compile_mode(text):
     return text if text == "reduce-overhead" else boolean(text)
 
 
-def at_least(low, kind=int, most=10**9):
-    """argparse type: a number from `low` to `most`."""
+def at_least(low, kind=int, maximum=10**9):
+    """argparse type: a number from `low` to `maximum`."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= most:
+        if not low <= value <= maximum:
             raise ValueError(text)
         return value
 
-    parse.__name__ = f"number ({low} to {most:,})"
+    parse.__name__ = f"number ({low} to {maximum:,})"
     return parse
 
 

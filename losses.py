@@ -27,7 +27,7 @@ def l2_normalize(x):
 
 
 def log_one_plus_sum_exp(x, mask):
-    """log(1 + sum of exp x over the rows, where mask): [B, C] -> [C]. The row of zeros is the 1."""
+    """[B, C] -> [C]: log(1 + sum of exp(x) over the rows in mask). Padding adds the 1 = exp(0)."""
     return F.pad(x.masked_fill(~mask, -torch.inf), (0, 0, 1, 0)).logsumexp(dim=0)
 
 

@@ -132,8 +132,8 @@ def build_training(args, num_classes, device, weights, images_digest=None):
     torch.manual_seed(args.seed)
     model = create_model(
         args.model, args.embedding_size, args.disent, args.l2_norm, weights, args.precision
-    ).to(device)
+    )
     if not args.bn_freeze:
-        share_batch_norm(model)
+        share_batch_norm(model)  # makes new layers, on the CPU
     criterion = build_criterion(args, num_classes).to(device)
-    return Training(args, device, model, criterion, images_digest)
+    return Training(args, device, model.to(device), criterion, images_digest)

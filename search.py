@@ -155,8 +155,8 @@ def main(argv=None):
         neighbours = [{"path": paths[index], "similarity": s} for s, index in zip(*ranked)]
         results.append({"query": query, "neighbours": neighbours})
         print(query)
-        for rank, neighbour in enumerate(neighbours, start=1):
-            print(f"{rank:4d}  {neighbour['similarity']:.4f}  {neighbour['path']}")
+        for place, neighbour in enumerate(neighbours, start=1):
+            print(f"{place:4d}  {neighbour['similarity']:.4f}  {neighbour['path']}")
     if args.json:
         write_json(Path(args.json).resolve(), results)
     if args.page:

@@ -99,12 +99,12 @@ def gather_on_rank_0(x):
     if rank():
         dist.send(x.cpu(), 0)
         return None
-    whole = torch.empty(C, *x.shape[1:], dtype=x.dtype)
-    mine, *others = split_rows(whole)
+    gathered = torch.empty(C, *x.shape[1:], dtype=x.dtype)
+    mine, *others = split_rows(gathered)
     mine.copy_(x)
     for source, rows in enumerate(others, start=1):
         dist.recv(rows, source)
-    return whole
+    return gathered
 
 
 def scatter_from_rank_0(x):

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -115,7 +116,9 @@ def checkpoint_from(data, path):
         if not data.endswith(digest.encode()):
             raise UserError(f"{unreadable}: damaged, its SHA-256 is not the stored one")
     try:
-        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of odd files before it refuses them
+            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch has many for a damaged file, most of them obscure
         raise UserError(f"{unreadable}: damaged, or it holds more than tensors and plain "
                         "values") from error  # fmt: skip

@@ -29,16 +29,14 @@ from net import CHOICES, compile_backbone, model_name
 from recipe import OPTIMIZERS, build_training, loss_noise, prepare_epoch, settle_loss, train_step
 from retrieval.evaluate import describe, evaluate
 from runs.checkpoint import restore, save
-from runs.checks import check_batches, check_loss
+from runs.checks import check_batches, check_flags
 from runs.pictures import draw
 from runs.report import announce, conclude, say_epoch
 from runs.results import Epoch, result_of
 from runs.safety import after_step, early_end
 from runs.start import open_run, record
 from runs.tracking import address_of, log_epoch, memory_of
-from utils import Interrupted, Stop, progress, run, say, seed_of, set_precision, set_quiet
-
-STEP = 2  # a step's stream of random numbers, beside the sampler's and the augmentation's
+from utils import STEP, Interrupted, Stop, progress, run, say, seed_of, set_precision, set_quiet
 
 
 def build_parser():
@@ -78,7 +76,7 @@ def build_parser():
     add("--lr-decay-gamma", default=0.5, type=at_least(0, float), help="factor of a decay")
     add("--warm", default=1, type=at_least(0), help="epochs that train only heads and proxies")
     add("--bn-freeze", default=True, type=boolean, help="keep BatchNorm's running statistics")
-    add("--seed", default=1, type=at_least(0, most=2**63), help="of all random numbers")
+    add("--seed", default=1, type=at_least(0, maximum=2**63), help="of all random numbers")
 
     add = parser.add_argument_group("run").add_argument
     # differs: ../logs
@@ -106,7 +104,7 @@ def load_images(args):
     for split, of in wanted.items():
         say(describe(f"{name} {of}", images[split]))
     if "test" not in images:
-        say("training on all classes: none is left to test on, the last epoch is what is kept")
+        say("training on all classes: no test classes; the last epoch is kept")
     return images
 
 
@@ -116,14 +114,16 @@ def build_loading(training, images):
     train, test = images["train"], images.get("test")
     loading = Loading(args.image_size, args.workers, training.device, model.interpolation)
     if args.cache == "ram":
-        loading = loading._replace(read=read_from_memory(images.values(), args.workers))
-    train_batches = train_loader(train, args.batch_size, args.seed, loading, args.IPC)
-    test_batches = test and test_loader(test, args.batch_size, loading)
+        paths = [path for each in images.values() for path in each.paths]
+        loading = loading._replace(read=read_from_memory(paths, args.workers))
+    loader = train_loader(train, args.batch_size, args.seed, loading, args.IPC)
+    tested = test and test_loader(test, args.batch_size, loading)
     if args.cache == "gpu":
-        train_batches, test_batches = keep_on_device(train, train_batches, test_batches, loading)
+        loader, tested = keep_on_device(train, loader, tested, loading)
     ks = dataset.ks(args.dataset, args.ks)
-    arguments = model, test_batches, ks, test and test.queries, args.metrics
-    return train_batches, test and partial(evaluate, *arguments)
+    if not test:
+        return loader, None
+    return loader, partial(evaluate, model, tested, ks, test.queries, args.metrics)
 
 
 def run_epoch(training, loader, evaluate_test, run_folder, stop):
@@ -187,7 +187,7 @@ def main(argv=None):
         conclude(history, run_folder)
         return
     settle_loss(args)
-    check_loss(args)
+    check_flags(args)
     set_precision(args.precision, args.deterministic)
     with rank_0_first():
         images = load_images(args)
@@ -213,8 +213,8 @@ def main(argv=None):
                 say_epoch(training.history[-1], args.epochs)
                 log_epoch(wandb_run, training.history, **memory_of(device))
                 training.epoch = Epoch(len(training.history), files)
-            if evaluate_test and not retrieved:  # all was trained before; what is left is to draw
-                retrieved = evaluate_test()
+        if evaluate_test and not retrieved:  # all was trained before; what is left is to draw
+            retrieved = evaluate_test()
         draw(run_folder, training.history, images.get("test"), retrieved, wandb_run)
     conclude(training.history, run_folder, address_of(wandb_run))
 

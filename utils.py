@@ -90,8 +90,8 @@ def out_of_memory(error):
 
 
 class Stop:
-    """In a `with`, SIGTERM and Ctrl-C set a flag that `check` reads; a second one ends the process.
-    Two within half a second are one: a cluster may signal all processes and torchrun pass it on."""
+    """In a `with`, SIGTERM and Ctrl-C set a flag that `check` reads. A second one, after half a
+    second, ends the process; not under torchrun, which passes signals on and kills after 30 s."""
 
     def __enter__(self):
         self.signal = None
@@ -105,7 +105,7 @@ class Stop:
     def handle(self, number, frame):
         if self.signal is None:
             self.signal, self.since = number, time.monotonic()
-        elif time.monotonic() > self.since + 0.5:
+        elif time.monotonic() > self.since + 0.5 and not is_torchelastic_launched():
             os._exit(128 + number)
 
     def check(self, agree=int):
@@ -172,6 +172,9 @@ def progress(iterable, total, label, images=None, note=str):
         if shown and time.monotonic() > last + 30:
             last = time.monotonic()
             print(f"{label}: {done}/{total}", file=sys.stderr, flush=True)
+
+
+ORDER, AUGMENTATION, STEP = range(3)  # streams of random numbers: seed_of(seed, STREAM, ...)
 
 
 def seed_of(*key):

@@ -17,7 +17,7 @@ from torchvision import transforms
 
 from benchmarks.timing import alternate, peak_mb, report
 from dataset.images import ImageSet
-from loading.cache import cache_in_memory, keep_on_device
+from loading.cache import keep_on_device, read_from_memory
 from loading.loader import Loading, good, test_loader, train_loader
 
 IMAGES, BATCH, HEIGHT, WIDTH = 64, 32, 375, 500  # the usual size in CUB, there of 97 KB a file
@@ -107,7 +107,7 @@ def main():
         for i, (path, _) in enumerate(items):
             write_photo(path, seed=i)
         with contextlib.redirect_stdout(sys.stderr):
-            cache = cache_in_memory([path for path, _ in items], workers=1)
+            cache = read_from_memory([path for path, _ in items], workers=1)
         report([measure(split, items, cache, rounds=15) for split in ("train", "test")], __doc__)
 
 

@@ -48,10 +48,6 @@ def module_of(name):
     return DATASETS.get(canonical_name(name), table)
 
 
-def is_own(name):
-    return hasattr(module_of(name), "OWN")
-
-
 def title(name):
     """The name in run folders and wandb projects; of a list, its file's name."""
     return Path(name).stem if module_of(name) is table else canonical_name(name)
@@ -85,7 +81,7 @@ def image_set(name, splits, split, transform=None):
     parts = ["query", "gallery"] if has_gallery else list(splits) if split == "all" else [split]
     items = [images_on_disk(name, splits, part) for part in parts]
     images = ImageSet(sum(items, []), transform, len(items[0]) if has_gallery else None)
-    if is_own(name):
+    if hasattr(module_of(name), "OWN"):
         warn_of_odd_classes(f"{title(name)} {split}", images, splits, split)
     return images
 

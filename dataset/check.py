@@ -38,7 +38,7 @@ def check(name, root, workers):
     """All problems of a data set, a line each."""
     problems, copies, count = [], defaultdict(list), 0
     splits = dataset.read(name, root)
-    if dataset.is_own(name):
+    if hasattr(dataset.module_of(name), "OWN"):
         for split in ("train", "test") if len(splits) > 1 else splits:
             dataset.image_set(name, splits, split)  # warns of odd classes
     for split, listed in splits.items():

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils import generator
+from utils import AUGMENTATION, generator
 
-AUGMENTATION = 1  # its stream of random numbers, beside the sampler's and the loss's
 TRIES, MAX_LOG_RATIO = 10, math.log(4 / 3)
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dataset.files import read_image, size_of
-from distributed import all_reduce_max, once_a_machine
+from distributed import barrier, once_a_machine
 from loading.crops import DeviceBatches
 from loading.loader import batches, in_parallel
 from utils import UserError, plural, progress, say
@@ -38,15 +38,9 @@ def start_of_each(sizes):
     return np.concatenate([[0], 3 * sizes.prod(axis=1).cumsum()])
 
 
-def cache_in_memory(paths, workers):
-    """The Cache of these images, decoded by `workers` processes; UserError if it does not fit."""
-    return Cache(*decoded("ram", paths, workers), paths)
-
-
-def read_from_memory(sets, workers):
-    """--cache ram: one Cache of all images of the sets, shared by all processes of a machine."""
-    paths = [path for images in sets for path in images.paths]
-    return once_a_machine(partial(cache_in_memory, paths, workers))
+def read_from_memory(paths, workers):
+    """--cache ram: the Cache of these images, shared by all processes that are on one machine."""
+    return once_a_machine(lambda: Cache(*decoded("ram", paths, workers), paths))
 
 
 def keep_on_device(images, train_loader, test_loader, loading):
@@ -57,7 +51,7 @@ def keep_on_device(images, train_loader, test_loader, loading):
     file, sizes = once_a_machine(partial(decoded, "gpu", images.paths, workers, device, more))
     starts = start_of_each(sizes)
     pixels = torch.from_file(file, shared=True, size=int(starts[-1]), dtype=torch.uint8).to(device)
-    all_reduce_max(0)  # every rank has opened the file
+    barrier()  # every rank has opened the file
     if file.startswith(f"/proc/{os.getpid()}/"):  # with GPUs, this frees the machine's memory
         os.close(int(Path(file).name))
     kept = DeviceBatches(train_loader.batch_sampler, images.labels, pixels, starts, sizes, loading)

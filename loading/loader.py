@@ -30,7 +30,7 @@ class Loading(NamedTuple):
 
 
 class Work(Dataset):
-    """Item `key` is function(key), or its UserError, which a worker would raise as a traceback."""
+    """Item `key`: function(key). A UserError is returned: raised, it would come as a traceback."""
 
     def __init__(self, function):
         self.function = function
@@ -50,7 +50,8 @@ def collate(items, combine=default_collate):
 
 
 def leave_signals_to_parent(worker):
-    """Ctrl-C must not kill workers that the parent needs to finish its step."""
+    """A terminal's Ctrl-C goes to its whole session, and the parent needs its workers to finish its
+    step. They end with the parent."""
     os.setsid()
 
 

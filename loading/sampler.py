@@ -5,9 +5,7 @@ from torch.utils.data import Sampler
 
 from distributed import rows_of_this_rank
 from loading.augment import random_numbers
-from utils import generator
-
-ORDER = 0  # its stream of random numbers, beside the augmentation's and the loss's
+from utils import ORDER, generator
 
 
 class EpochBatches(Sampler):

@@ -8,7 +8,7 @@ from torch import nn
 
 from losses import l2_normalize
 from net.backbones import BACKBONES, TIMM, create_backbone
-from net.weights import load_strictly, load_weights, network_of
+from net.weights import load_strictly, load_weights, state_and_flags
 from storage import read_checkpoint
 from utils import UserError, did_you_mean
 
@@ -123,7 +123,7 @@ def create_model(name, embedding_size, disent=False, l2_norm=True, weights=None,
 
 def network_from(checkpoint, path, **flags):
     """A checkpoint's network in eval mode; `flags` replace those that it was trained with."""
-    state, stored = network_of(checkpoint, path)
+    state, stored = state_and_flags(checkpoint, path)
     names = ("embedding_size", "disent", "l2_norm", "precision")
     chosen = stored | {name: value for name, value in flags.items() if value is not None}
     model = create_model(chosen["model"], **{name: chosen[name] for name in names})

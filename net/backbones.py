@@ -24,7 +24,7 @@ class Backbone(NamedTuple):
     mean: tuple = (123.675, 116.28, 103.53)  # of pixels 0-255; ImageNet's, as most networks have
     std: tuple = (58.395, 57.12, 57.375)
     interpolation: str = "bilinear"
-    unused: tuple = ()  # prefixes of what its ImageNet file holds and it has not
+    unused: tuple = ()  # prefixes of entries of the ImageNet file that it lacks
 
 
 def average_and_maximum(maps):
@@ -82,7 +82,7 @@ def timm_model(name):
     def pool(network, x):
         features = network.forward_features(x)
         if not torch.is_tensor(features):
-            return features  # as `num_features` will say
+            return features  # num_features refuses it
         if features.ndim == 3:
             tokens = features.to(next(network.parameters()).dtype)  # of autocast, float32
             return network.forward_head(tokens, pre_logits=True)
@@ -111,7 +111,7 @@ def timm_model(name):
 
 BACKBONES = {
     "bn_inception": bn_inception,
-    # its weights are of a network fed -1 to 1
+    # its weights expect inputs in [-1, 1]
     "googlenet": partial(torchvision, "googlenet", ("aux1.", "aux2."), mean=3 * (127.5,),
                          std=3 * (127.5,)),
     "resnet18": partial(torchvision, "resnet18"),

@@ -28,8 +28,8 @@ class Embedder(nn.Module):
 
 @torch.no_grad()
 def save_model(model, path, pixels):
-    """Write the network, on the CPU and left in eval mode, for batches of any size. UserError if it
-    cannot be exported, or the file embeds `pixels`, uint8 RGB [B, H, W, 3], otherwise."""
+    """Write the network, on the CPU and left in eval mode, for batches of any size. UserError if
+    that fails, or if the file's embeddings of `pixels`, uint8 RGB [B, H, W, 3], are others."""
     network, pixels = Embedder(model).eval(), pixels.cpu()
     precision, model.precision = model.precision, "fp32"  # who reads the file may choose another
     export = to_onnx if Path(path).suffix.lower() == ".onnx" else to_pt2
@@ -45,13 +45,13 @@ def save_model(model, path, pixels):
         raise UserError(f"{path}: torch cannot export {model.name}: {reason}") from error
     finally:
         model.precision = precision
-    most = torch.cat(errors).abs().max().item()
-    if not most <= TOLERANCE:
-        raise UserError(f"{path}: not written, its embeddings are off by {most:.1e}")
+    largest = torch.cat(errors).abs().max().item()
+    if not largest <= TOLERANCE:
+        raise UserError(f"{path}: not written, its embeddings are off by {largest:.1e}")
     write_atomically(Path(path).resolve(), data)
     shape = ", ".join(map(str, pixels.shape[1:]))
     print(f"{path}: uint8 [B, {shape}] -> float32 [B, {model.embedding_size}]; on "
-          f"{len(pixels)} images at most {most:.1e} from the network itself")  # fmt: skip
+          f"{len(pixels)} images at most {largest:.1e} from the network itself")  # fmt: skip
 
 
 def to_pt2(program):

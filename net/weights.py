@@ -14,7 +14,7 @@ OR_RANDOM = "or train from random weights with --weights none"
 
 
 def download(url, sha256):
-    """Path of an ImageNet file in torch.hub's cache; sha256: its digits, or the first of them."""
+    """Path of an ImageNet file in torch.hub's cache; sha256: hex digits, or the first of them."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     elsewhere = f"get that file elsewhere and pass it as --weights PATH, {OR_RANDOM}"
     if not path.exists():
@@ -79,12 +79,12 @@ def load_strictly(module, state, path):
     module.load_state_dict(state)
 
 
-def some(keys, most=20):
+def some(keys, limit=20):
     keys = sorted(map(str, keys))
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
 
 
-def network_of(checkpoint, path):
+def state_and_flags(checkpoint, path):
     """(state dict, {flag: value}); without stored flags, as published, the shapes tell them."""
     state, stored = checkpoint.get("model_state_dict"), checkpoint.get("args", {})
     if not isinstance(state, dict) or not isinstance(stored, dict):

@@ -1,4 +1,4 @@
-"""Embeddings, with what is known of their images, as files that other programs read."""
+"""Embeddings, with paths, classes and neighbours, as files that other programs read."""
 
 import os
 from itertools import islice

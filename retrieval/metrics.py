@@ -3,7 +3,6 @@
 import math
 
 import torch
-from torch.nn import functional as F
 
 from distributed import all_reduce, round_robin
 from retrieval.search import exact_products
@@ -32,7 +31,10 @@ def fractions(hits):
 
 def checked(embeddings, labels):
     """(embeddings, L2-normalised, labels) as tensors on one device."""
-    x, y = (None if part is None else torch.as_tensor(part) for part in (embeddings, labels))
+    try:
+        x, y = (None if part is None else torch.as_tensor(part) for part in (embeddings, labels))
+    except (TypeError, ValueError) as error:  # such as labels that are text
+        raise ValueError(f"embeddings or labels are no array of numbers ({error})") from error
     if x is None or y is None or x.ndim != 2 or y.shape != x.shape[:1] or not x.numel():
         shapes = [None if part is None else tuple(part.shape) for part in (x, y)]
         raise ValueError(f"embeddings {shapes[0]} and labels {shapes[1]} do not fit, or are empty")
@@ -43,7 +45,7 @@ def checked(embeddings, labels):
     x = x if x.is_floating_point() else x.double()
     lengths = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
     if (lengths - 1).abs().max() > 16 * torch.finfo(x.dtype).eps:
-        x = F.normalize(x.double(), dim=1)
+        x = x.double() / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)[:, None]
     return x, y.to(x.device)
 
 
@@ -58,7 +60,7 @@ def hits_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_s
     miss, and is reported. Memory: tiles of chunk_size^2 similarities. Processes share the tiles;
     each has all embeddings. A GPU is not waited for between tiles.
     """
-    if not ks or min(ks) < 1:
+    if len(ks) == 0 or min(ks) < 1:
         raise ValueError(f"K of {ks}: must be at least 1")
     order = labels.argsort()
     query = others = embeddings[order], labels[order]
@@ -104,12 +106,12 @@ def precision_at_r(embeddings, labels, gallery=None, gallery_labels=None, memory
             similarity[torch.arange(len(rows)), rows] = -math.inf
             match[torch.arange(len(rows)), rows] = False
         R = match.sum(dim=1, keepdim=True).clamp_min(1).double()
-        most = int(R.max())
-        matches = similarity.masked_fill(~match, -math.inf).topk(most, dim=1).values
-        others = similarity.masked_fill_(match, -math.inf).topk(most, dim=1).values
+        max_R = int(R.max())
+        matches = similarity.masked_fill(~match, -math.inf).topk(max_R, dim=1).values
+        others = similarity.masked_fill_(match, -math.inf).topk(max_R, dim=1).values
         # non-matches at least as similar as the i-th match
         ahead = torch.searchsorted(-others, -(matches - slack), right=True)
-        number = torch.arange(1, most + 1, device=gallery.device, dtype=torch.float64)
+        number = torch.arange(1, max_R + 1, device=gallery.device, dtype=torch.float64)
         within = (number + ahead <= R) & matches.isfinite()
         precision = number / (number + ahead)
         totals[:, rows] = torch.stack([precision * within, within]).div(R).sum(dim=2)

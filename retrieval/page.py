@@ -18,7 +18,7 @@ MAX_BYTES = 12 * 10**6  # of all pictures in a page, as text
 
 
 class Pictures:
-    """Small copies of images, each once; `add` returns an image's number."""
+    """Small copies of images, each once; `add` rerounds an image's number."""
 
     def __init__(self):
         self.numbers, self.texts, self.bytes = {}, [], 0
@@ -111,5 +111,5 @@ def worst_first(hit, labels, similarities, neighbour_labels):
     matches = (neighbour_labels == labels[:, None]).sum(axis=1)
     order = np.lexsort((-similarities.max(axis=1, initial=-1), matches, hit))
     counters = defaultdict(count)
-    turns = [next(counters[label]) for label in labels[order]]
-    return order[np.argsort(turns, kind="stable")]
+    rounds = [next(counters[label]) for label in labels[order]]
+    return order[np.argsort(rounds, kind="stable")]

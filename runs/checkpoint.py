@@ -91,7 +91,8 @@ def restore(training, checkpoint, path):
             checkpoint = map_proxies(checkpoint, scatter_from_rank_0)
         training.model.load_state_dict(checkpoint["model_state_dict"])
         # older checkpoints have a library's loss as the `loss` of a wrapper
-        proxies = {re.sub(r"(^|\.)loss\.", r"\1", name): x
+        known = training.criterion.state_dict()
+        proxies = {name if name in known else re.sub(r"(^|\.)loss\.", r"\1", name): x
                    for name, x in checkpoint["criterion_state_dict"].items()}  # fmt: skip
         training.criterion.load_state_dict(proxies)
         training.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
@@ -124,4 +125,6 @@ def require_parts(checkpoint, path):
 def epoch_of(checkpoint):
     """The last epoch, from 0, in which the network was trained; None if the checkpoint has none."""
     history = checkpoint.get("history")
-    return None if history is None else len(history) - (not checkpoint.get("partial"))
+    if history is None:
+        return None
+    return len(history) if checkpoint.get("partial") else len(history) - 1

@@ -2,11 +2,13 @@
 
 from distributed import world_size
 from losses import PROXY_LOSSES
+from runs.tracking import wandb_mode
 from utils import UserError, warn
 
 
-def check_loss(args):
-    """UserError or warning where the flags of the loss do not go together."""
+def check_flags(args):
+    """UserError or warning where flags do not go together, or not with this machine."""
+    wandb_mode(args.wandb)  # refuses an account that is not there
     has_proxies = args.loss in PROXY_LOSSES
     if args.shard_proxies and args.loss != "Proxy_Anchor":
         raise UserError(f"--shard-proxies: --loss {args.loss} needs all of its parameters in each "

@@ -134,7 +134,8 @@ class RunFolder:
                 os.replace(self.last, f"{self.last}.damaged")  # else it would become `previous`
             return path, checkpoint
         if self.in_use():
-            raise UserError(f"--resume: no checkpoint in {self.folder} can be continued")
+            raise UserError(f"--resume: no checkpoint in {self.folder} can be continued; --weights "
+                            "PATH starts a new run from the network of any other")  # fmt: skip
         return None, None
 
     def require_room(self, needed):

@@ -48,7 +48,7 @@ class Epoch:
         if not math.isfinite(value):
             raise UserError(
                 f"epoch {self.number}, step {step}: the {name} is not finite; nothing of it was "
-                "saved, and an earlier checkpoint is good. A smaller --lr may help. Files of the "
+                "saved, what was saved before is good. A smaller --lr may help. Files of the "
                 f"batch: {', '.join(self.files(self.number, step))}"
             )
 

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from distributed import all_reduce_max, world_size
+from distributed import all_reduce_max, barrier, world_size
 from runs.checkpoint import save
 from utils import Interrupted, UserError, out_of_memory
 
@@ -37,11 +37,12 @@ def early_end(error, training, run_folder):
         go_on = f"continue with: python train.py --resume {shlex.quote(str(run_folder.folder))}"
     if interrupted:
         run_folder.wait()
-        all_reduce_max(0)  # a rank that ended before rank 0 has saved would make torchrun end all
+        barrier()  # torchrun ends all ranks when one ends: not before rank 0 has saved
         return Interrupted(error.number, go_on)
+    saved = "nothing was saved yet"
+    if training.history or epoch.saved:
+        all_saved = epoch.step == epoch.saved
+        saved = "what was trained is saved" if all_saved else "the last checkpoint is good"
     if gpu_full:
-        saved = training.history or epoch.saved
-        return UserError(out_of_memory(error) + ("; the last checkpoint is good" if saved else ""))
-    all_saved = epoch.step == epoch.saved
-    kept = "What was trained is saved" if all_saved else "The last checkpoint is good"
-    return type(error)(f"{error}. {kept}; with a good file in its place, {go_on}")
+        return UserError(f"{out_of_memory(error)}; {saved}")
+    return type(error)(f"{error}; {saved}; with a good file in its place, {go_on}")

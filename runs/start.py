@@ -74,14 +74,17 @@ def continued_run(parser, args, given, path):
                         "starts a new run from its network")  # fmt: skip
     folder = path.parent if path.is_file() else path
     flags = stored(folder).get("flags")
-    prefixes = [file.name.removesuffix(end) for end in ENDINGS for file in folder.glob(f"*{end}")]
-    if not flags and not prefixes:
+    saved = [path] if path.is_file() else [*folder.glob("*_last.pth")]
+    saved = saved or [*folder.glob("*_previous.pth")]
+    if not flags and not saved:
         raise UserError(f"--resume: there is no run in {path} to continue; name its folder with "
                         "--resume FOLDER, or leave the flag out")  # fmt: skip
-    if not prefixes:
+    if saved:
+        prefix = saved[0].name.rpartition("_")[0]
+    else:
         args = flags_to_continue_with(parser, given, flags, folder)
-        prefixes = [file_prefix(args)]
-    run_folder = RunFolder(folder, prefixes[0])
+        prefix = file_prefix(args)
+    run_folder = RunFolder(folder, prefix)
     run_folder.lock()
     source, checkpoint = run_folder.newest_checkpoint()
     if not checkpoint:
@@ -108,9 +111,9 @@ def record(run_folder, training, images, argv, checkpoint):
     description = run_folder.claim(args, new=checkpoint is None)
     run_folder.require_room(bytes_needed(training))
     run_id, process = description.get("wandb_id"), describe_process(argv, training.device)
-    description = {**process, "flags": vars(args), "resumed": [], **description, "job": job()}
+    description = {"resumed": [], **(description or process), "flags": vars(args), "job": job()}
     if checkpoint:
-        warn_of_other_bits(description, process)
+        warn_of_changes(description, process)
         description["resumed"].append(process)
     counts = {split: {"images": len(each), "classes": len(each.classes)}
               for split, each in images.items()}  # fmt: skip
@@ -126,7 +129,7 @@ def record(run_folder, training, images, argv, checkpoint):
 def git(*command):
     """What a git command prints about this repository; "" without git or a repository."""
     here = ["git", "-C", Path(__file__).parent, *command]
-    with contextlib.suppress(OSError):  # there is no git
+    with contextlib.suppress(OSError):
         return subprocess.run(here, capture_output=True, text=True).stdout.strip()
     return ""
 
@@ -138,7 +141,7 @@ def describe_process(argv, device):
     versions = {"ddml": VERSION, "python": platform.python_version(), "torch": torch.__version__}
     return {
         "commit": git("rev-parse", "HEAD"),
-        "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "command": shlex.join(["python", "train.py", *argv]),
         "versions": versions | {name: version(name) for name in packages},
         "device": device_name(device),
@@ -147,9 +150,9 @@ def describe_process(argv, device):
     }
 
 
-def warn_of_other_bits(description, process):
+def warn_of_changes(description, process):
     """Warn if the machine or the code is not the one that the run was started with."""
-    for what in ("commit", "changed", "versions", "device", "threads", "processes"):
+    for what in ("commit", "uncommitted_changes", "versions", "device", "threads", "processes"):
         if description.get(what, process[what]) != process[what]:
             warn(f"this run was started with {what} {description[what]} and continues with "
                  f"{process[what]}: its numbers may differ in the last digits")  # fmt: skip

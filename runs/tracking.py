@@ -53,7 +53,8 @@ def has_wandb_account():
 @contextlib.contextmanager
 def track(args, mode, folder, run_id, config, history):
     """In a `with`: the wandb run `run_id`, or a new one; None if mode is `disabled`. Epochs of
-    `history` that it lacks are logged. An exception ends it as failed, a signal as preempted."""
+    `history` that it lacks are logged. wandb shows an exception as failed, a signal as preempted.
+    """
     if mode == "disabled":
         yield None
         return

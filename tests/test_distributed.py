@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import evaluate
+import recipe
 import sharded
 import train
 import utils
 from loading import loader
+from net import batch_norm
 from net.batch_norm import SharedBatchNorm
 from runs import checks
 from tests import processes
@@ -131,6 +133,15 @@ def test_batch_norm_over_processes_is_batch_norm_and_gives_maps_of_the_same_type
     x = (3 + torch.randn(5, 4, 3, 3)).to(kind)
     torch.testing.assert_close(ours(x), theirs(x.to(ours.weight.dtype)).to(kind))
     torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+def test_a_network_with_batch_norm_over_processes_is_on_its_device(monkeypatch):
+    args = train.build_parser().parse_args(shlex.split(TINY + "--bn-freeze 0"))
+    recipe.settle_loss(args)
+    monkeypatch.setattr(batch_norm, "world_size", lambda: 2)
+    model = recipe.build_training(args, 2, torch.device("meta"), None).model
+    assert type(model.model.bn) is SharedBatchNorm
+    assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
 def test_every_process_says_its_error_with_its_rank(here):

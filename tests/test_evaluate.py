@@ -260,6 +260,7 @@ def test_embeddings_labels_and_gallery_that_do_not_fit_are_named():
     for arguments, reason in [
         ((x[:0], labels[:0], KS), "are empty"),
         ((x, labels / 2, KS), "no class numbers"),
+        ((x, ["a"] * 48, KS), "no array of numbers"),
         ((x, labels, ()), "at least 1"),
     ]:
         with pytest.raises(ValueError, match=reason):
@@ -273,6 +274,7 @@ def test_recall_is_by_cosine_whatever_the_lengths_and_takes_arrays():
     assert brute_force(longer, labels, KS) != expected
     assert recall_at_k(longer, labels, KS) == expected
     assert recall_at_k(longer.numpy(), labels.numpy(), KS) == expected
+    assert recall_at_k(1e-30 * longer, labels, KS) == expected
     queries = longer[:30], labels[:30], KS, x[30:], labels[30:]
     assert recall_at_k(*queries) == recall_at_k(x[:30], *queries[1:])
 
