@@ -4,9 +4,20 @@ import math
 
 import torch
 
-from distributed import all_reduce, round_robin
+from distributed import all_gather, all_reduce, round_robin
 from retrieval.search import exact_products
-from utils import plural, progress, warn
+from retrieval.tiles import (
+    class_ranges,
+    in_float64,
+    similarities_of_others,
+    sorted_by_label,
+    tiles_of,
+)
+from utils import plural, warn
+
+# times sqrt(d) and the precision: more than the rounding error of a dot product of unit vectors
+SLACK = 8
+FEW = 4  # non-matches of a query whose similarity precision_at_r computes again in float64
 
 
 def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_size=None):
@@ -62,21 +73,16 @@ def hits_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_s
     """
     if len(ks) == 0 or min(ks) < 1:
         raise ValueError(f"K of {ks}: must be at least 1")
-    order = labels.argsort()
-    query = others = embeddings[order], labels[order]
-    if gallery is not None:
-        by_label = gallery_labels.argsort()
-        others = gallery[by_label], gallery_labels[by_label]
+    query, others, order = sorted_by_label(embeddings, labels, gallery, gallery_labels)
     tiles = tiles_of(query, others, chunk_size or (8192 if embeddings.is_cuda else 1024))
-
-    # times the precision: more than the rounding error of a dot product of unit vectors
-    slack = 8 * math.sqrt(embeddings.shape[1])
-    best = best_match(query, others, tiles)
-    matched = best.isfinite()
+    slack = SLACK * math.sqrt(embeddings.shape[1])
+    best = best_matches(query, others, torch.arange(len(order), device=order.device), 1)
+    matched = best.isfinite().flatten()
     surely, possibly = count_ahead(query, others, tiles, best, slack * 2**-24)
     unsure = torch.stack([(surely < k) & (k <= possibly) for k in ks]).any(dim=0) & matched
     for rows in unsure.nonzero().flatten().split(128):
-        possibly[rows] = count_ahead_in_float64(query, others, rows, slack * 2**-53)
+        _, similarity = in_float64(query, others, rows)
+        possibly[rows] = (similarity >= best[rows] - slack * 2**-53).sum(dim=1)
 
     if unmatched := int((~matched).sum()):
         warn(f"{unmatched:,} of {plural(len(best), 'query')} have no match and count as misses")
@@ -85,102 +91,115 @@ def hits_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_s
 
 @torch.no_grad()
 @exact_products()
-def precision_at_r(embeddings, labels, gallery=None, gallery_labels=None, memory=2**27):
+def precision_at_r(
+    embeddings, labels, gallery=None, gallery_labels=None, chunk_size=None, kept=2**22
+):
     """{"MAP@R", "R-Precision"} (Musgrave et al., ECCV 2020, section 3.2): of the R nearest of a
     query with R matches, the fraction that match, and their average precision; means over queries.
 
-    Arguments, ties and queries without a match as in hits_at_k. All in float64, in chunks of
-    queries whose similarities take `memory` bytes. Processes share the chunks.
+    Arguments and promises as in hits_at_k. Memory: also the R nearest matches and the R nearest
+    others of all queries, or if these are more than `kept`, of some queries at a time.
     """
-    exclude_self = gallery is None
-    if exclude_self:
-        gallery, gallery_labels = embeddings, labels
-    gallery = gallery.double()
-    slack = 8 * math.sqrt(gallery.shape[1]) * 2**-53
-    totals = torch.zeros(2, len(labels), dtype=torch.float64, device=gallery.device)
-    chunks = round_robin(torch.arange(len(labels)).split(max(1, memory // (8 * len(gallery)))))
-    for rows in progress(chunks, len(chunks), "MAP@R"):
-        similarity = embeddings[rows].double() @ gallery.T
-        match = labels[rows, None] == gallery_labels
-        if exclude_self:
-            similarity[torch.arange(len(rows)), rows] = -math.inf
-            match[torch.arange(len(rows)), rows] = False
-        R = match.sum(dim=1, keepdim=True).clamp_min(1).double()
-        max_R = int(R.max())
-        matches = similarity.masked_fill(~match, -math.inf).topk(max_R, dim=1).values
-        others = similarity.masked_fill_(match, -math.inf).topk(max_R, dim=1).values
-        # non-matches at least as similar as the i-th match
-        ahead = torch.searchsorted(-others, -(matches - slack), right=True)
-        number = torch.arange(1, max_R + 1, device=gallery.device, dtype=torch.float64)
-        within = (number + ahead <= R) & matches.isfinite()
-        precision = number / (number + ahead)
-        totals[:, rows] = torch.stack([precision * within, within]).div(R).sum(dim=2)
-    return dict(zip(("MAP@R", "R-Precision"), all_reduce(totals).mean(dim=1).tolist()))
+    query, others, _ = sorted_by_label(embeddings, labels, gallery, gallery_labels)
+    first, end = class_ranges(query, others)
+    R = end - first - int(others is query)
+    max_R = max(1, int(R.max()))
+    unsure = torch.zeros_like(R, dtype=torch.bool)
+    scores = torch.zeros(2, len(R), dtype=torch.float64, device=R.device)
+    slack = SLACK * math.sqrt(embeddings.shape[1])
+    for block in torch.arange(len(R), device=R.device).split(max(1, kept // max_R)):
+        k = max(1, int(R[block].max()))
+        part = query if len(block) == len(R) else (query[0][block], query[1][block])
+        tiles = tiles_of(part, others, chunk_size or (8192 if R.is_cuda else 2048))
+        matches = best_matches(query, others, block, k)
+        nearest = best_others(part, others, tiles, k)
+        for rows in round_robin(block.split(512)):
+            match, *other = (part[rows - block[0]] for part in (matches, *nearest))
+            other, unsure[rows] = told_apart(query, others, rows, match, *other, slack * 2**-24)
+            scores[:, rows] = score(match, other, slack * 2**-53)
+    for rows in unsure.nonzero().flatten().split(128):
+        both = (part.topk(max_R, dim=1).values for part in in_float64(query, others, rows))
+        scores[:, rows] = score(*both, slack * 2**-53)
+    return dict(zip(("MAP@R", "R-Precision"), all_reduce(scores).mean(dim=1).tolist()))
 
 
-# query, gallery: (embeddings, labels), sorted by label; the gallery is the query where each query
-# is compared to all others.
+# query, gallery: as in retrieval/tiles.py
 
 
-def tiles_of(query, gallery, size):
-    """[(rows, columns, whether a match is in them)] of the matrix of similarities. It is symmetric
-    where the gallery is the query: then only those on and above the diagonal."""
-    sides = []
-    for _, labels in (query, gallery):
-        numbers = labels.tolist()
-        sides.append([(slice(i, i + size), numbers[i], numbers[i : i + size][-1])
-                      for i in range(0, len(numbers), size)])  # fmt: skip
-    return [
-        (rows, columns, first <= last_there and first_there <= last)
-        for rows, first, last in sides[0]
-        for columns, first_there, last_there in sides[1]
-        if gallery is not query or columns.start >= rows.start
-    ]
-
-
-def best_match(query, gallery, tiles):
-    """[Q] similarity of each query's best match; -inf without one."""
-    (x, labels), (y, gallery_labels) = query, gallery
-    best = torch.full((len(x),), -math.inf, device=x.device)
-    for rows, columns in round_robin([tile for *tile, has_matches in tiles if has_matches]):
-        similarity = x[rows].float() @ y[columns].float().T
-        match = labels[rows, None] == gallery_labels[columns]
-        if gallery is query and rows == columns:
-            match.fill_diagonal_(False)  # differs: excluded by index, not as the first hit
-        similarity.masked_fill_(~match, -math.inf)
-        best[rows] = torch.maximum(best[rows], similarity.amax(dim=1))
-        if gallery is query and rows != columns:
-            best[columns] = torch.maximum(best[columns], similarity.amax(dim=0))
+def best_matches(query, gallery, rows, k):
+    """[r, k] similarities in float64 of the best matches of `rows`; -inf past the last."""
+    first, end = torch.stack(class_ranges(query, gallery))[:, rows].tolist()
+    best = torch.full((len(rows), k), -math.inf, dtype=torch.float64, device=rows.device)
+    for start in round_robin(range(0, len(rows), 128)):
+        part = slice(start, start + 128)
+        matches, _ = in_float64(query, gallery, rows[part], slice(first[start], end[part][-1]))
+        width = min(k, matches.shape[1])
+        best[part, :width] = matches.topk(width, dim=1).values
     return all_reduce(best, "max")
 
 
 def count_ahead(query, gallery, tiles, best, slack):
-    """([Q], [Q]): how many non-matches are surely, and possibly, as similar as the best match."""
-    (x, labels), (y, gallery_labels) = query, gallery
-    bounds = (best.double() + slack).float(), (best.double() - slack).float()
-    counts = torch.zeros(2, len(x), device=x.device, dtype=torch.float64)
-    tiles = round_robin(tiles)
-    for rows, columns, has_matches in progress(tiles, len(tiles), "recall"):
-        similarity = x[rows].float() @ y[columns].float().T
-        if has_matches:
-            match = labels[rows, None] == gallery_labels[columns]  # the query itself among them
-            similarity.masked_fill_(match, -math.inf)
+    """([Q], [Q]): how many others are surely, and possibly, as similar as the best match [Q, 1]."""
+    bounds = (best + slack).float(), (best - slack).float()
+    counts = torch.zeros(2, len(best), device=best.device, dtype=torch.float64)
+    for rows, _, similarity in similarities_of_others(query, gallery, tiles, "recall"):
         ahead = torch.empty_like(similarity)  # comparing into floats is far faster than into bools
         for count, bound in zip(counts, bounds):
-            count[rows] += torch.ge(similarity, bound[rows, None], out=ahead).sum(dim=1)
-            if gallery is query and rows != columns:
-                count[columns] += torch.ge(similarity, bound[columns], out=ahead).sum(dim=0)
+            count[rows] += torch.ge(similarity, bound[rows], out=ahead).sum(dim=1)
     return all_reduce(counts).long()
 
 
-def count_ahead_in_float64(query, gallery, rows, slack):
-    """[r]: as count_ahead, for the queries `rows`. differs: ties count as ahead."""
-    (x, labels), (y, gallery_labels) = query, gallery
-    x = x[rows].double()
-    similarity = torch.cat([x @ part.double().T for part in y.split(8192)], dim=1)
-    same_class = labels[rows, None] == gallery_labels
-    match = same_class.clone()
-    if gallery is query:
-        match[torch.arange(len(rows), device=rows.device), rows] = False
-    best = similarity.masked_fill(~match, -math.inf).amax(dim=1, keepdim=True)
-    return ((similarity >= best - slack) & ~same_class).sum(dim=1)
+def best_others(query, gallery, tiles, k):
+    """([Q, k], [Q, k]): similarities, in float32, and gallery indices of the best others."""
+    best = torch.full((len(query[0]), k), -math.inf, device=query[0].device)
+    found = torch.zeros_like(best, dtype=torch.long)
+    for rows, columns, similarity in similarities_of_others(query, gallery, tiles, "MAP@R"):
+        values, indices = candidates(similarity.contiguous(), k)
+        values = torch.cat([best[rows], values], dim=1)
+        indices = torch.cat([found[rows], indices + columns.start], dim=1)
+        best[rows], at = values.topk(k, dim=1, sorted=False)
+        found[rows] = indices.gather(1, at)
+    best, found = (all_gather(part[None]).movedim(0, 1).flatten(1) for part in (best, found))
+    best, at = best.topk(k, dim=1)
+    return best, found.gather(1, at)
+
+
+def candidates(similarity, k):
+    """(similarities, columns) [r, few], among them the k greatest of each row: these lie in the k
+    groups of columns that have the greatest maxima."""
+    width = similarity.shape[1]
+    size = max(1, math.isqrt(width // k))
+    count = width // size
+    maxima = similarity[:, : size * count].unflatten(1, (size, count)).amax(dim=1)
+    groups = maxima.topk(min(k, count), dim=1, sorted=False).indices
+    column = torch.arange(width, device=groups.device)
+    columns = (groups[:, :, None] + column[: size * count : count]).flatten(1)
+    rest = column[size * count :].expand(len(groups), -1)
+    columns = torch.cat([columns, rest], dim=1)
+    return similarity.gather(1, columns), columns
+
+
+def told_apart(query, gallery, rows, matches, values, indices, slack):
+    """([r, k], [r]): of the queries `rows`, the similarities of the best others, in float64 where
+    float32 cannot tell whether a match is ahead; and whether that is not enough."""
+    values = values.double()
+    above, below = (torch.searchsorted(-matches, shift - values) for shift in (-slack, slack))
+    close = above != below
+    few = close.byte().topk(min(FEW, close.shape[1]), dim=1).indices
+    x, y = query[0][rows].double(), gallery[0][indices.gather(1, few)].double()
+    exact = torch.einsum("rd,rfd->rf", x, y).where(close.gather(1, few), values.gather(1, few))
+    at_the_end = (matches - values[:, -1:]).abs() <= slack  # others, not kept, may be ahead of it
+    unsure = (close.sum(dim=1) > FEW) | at_the_end.any(dim=1)
+    return values.scatter(1, few, exact), unsure
+
+
+def score(matches, others, slack):
+    """[2, r]: average precision and precision at R, given the R best similarities of both."""
+    found = matches.isfinite()
+    R = found.sum(dim=1, keepdim=True).clamp_min(1).double()
+    number = torch.arange(1, matches.shape[1] + 1, device=R.device, dtype=torch.float64)
+    others = others.sort(dim=1, descending=True).values
+    # differs: ties count as ahead
+    rank = number + torch.searchsorted(-others, slack - matches, right=True)
+    within = found & (rank <= R)
+    return torch.stack([number / rank * within, within]).div(R).sum(dim=2)

@@ -16,7 +16,7 @@ import train
 import utils
 from distributed import init_processes, rank, rows_of_this_rank, world_size
 from net.backbones import BACKBONES, Backbone
-from retrieval.metrics import hits_at_k
+from retrieval.metrics import hits_at_k, precision_at_r
 from runs.checkpoint import capture
 from tests import toy
 from tests.operations import Operations
@@ -80,6 +80,10 @@ def recalls():
     against = hits_at_k(x[:20], y[:20], (1, 4), x[20:], y[20:], chunk_size=8)
     return {f"hits {k}": hit for k, hit in hits.items()} | {
         f"hits of queries {k}": hit for k, hit in against.items()
+    } | {
+        f"{name}, {kept} kept": torch.tensor(value)
+        for kept in (99, 2**22)
+        for name, value in precision_at_r(x, y, chunk_size=16, kept=kept).items()
     }
 
 

@@ -69,7 +69,17 @@ def test_waits_for_the_device_do_not_grow_with_the_tiles():
         with Waits() as waits:
             recall_at_k(x, labels, KS, chunk_size=chunk_size)
         counts.add(len(waits.seen))
-    assert len(counts) == 1 and 0 < counts.pop() < 12
+    assert len(counts) == 1 and 0 < counts.pop() < 14
+
+
+def test_waits_of_precision_at_r_do_not_grow_with_the_tiles():
+    x, labels = F.normalize(torch.randn(200, 16)), torch.arange(200) // 5
+    counts = set()
+    for chunk_size in (8, 256):
+        with Waits() as waits:
+            precision_at_r(x, labels, chunk_size=chunk_size)
+        counts.add(len(waits.seen))
+    assert len(counts) == 1 and 0 < counts.pop() < 14
 
 
 @pytest.mark.parametrize("chunk_size", [1, 17, 64, 1024])
@@ -140,17 +150,40 @@ def brute_force_at_r(x, labels, gallery=None, gallery_labels=None):
     return {name: pytest.approx(total / len(labels), abs=1e-12) for name, total in totals.items()}
 
 
-@pytest.mark.parametrize("memory", [1, 8 * 90 * 7, 2**27])
+@pytest.mark.parametrize("chunk_size", [1, 7, 90, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_precision_at_r_agrees_with_brute_force_with_duplicates_and_lone_images(memory, dtype):
+def test_precision_at_r_agrees_with_brute_force_with_duplicates_and_lone_images(chunk_size, dtype):
     x, labels = random_set()
     labels[:3] = torch.tensor([50, 51, 52])
     x = torch.cat([x, x[:40], x[:20]]).to(dtype)
     labels = torch.cat([labels, (labels[:40] + 1) % 9, labels[:20]])
     expected = brute_force_at_r(x, labels)
-    assert precision_at_r(x, labels, memory=memory) == expected
+    assert precision_at_r(x, labels, chunk_size=chunk_size) == expected
     arguments = x[:30], labels[:30], x[25:], labels[25:]
-    assert precision_at_r(*arguments, memory=memory) == brute_force_at_r(*arguments)
+    assert precision_at_r(*arguments, chunk_size=chunk_size) == brute_force_at_r(*arguments)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 1024])
+@pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-4])
+def test_precision_at_r_of_near_ties_that_only_float64_tells(chunk_size, scale):
+    noise, labels = random_set(90, d=512)
+    x = F.normalize((1 + scale * noise).double())
+    expected = brute_force_at_r(x, labels)
+    assert precision_at_r(x, labels, chunk_size=chunk_size) == expected
+    assert expected["R-Precision"].expected > 0.05
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 64, 1024])
+@pytest.mark.parametrize("kept", [1, 500, 2**22])
+def test_precision_at_r_of_large_and_small_classes_together(chunk_size, kept):
+    x, labels = random_set(150)
+    labels[:] = torch.tensor([0] * 80 + [1] * 40 + [2] * 5 + [3 + i // 2 for i in range(25)])
+    x = F.normalize(x + F.one_hot(labels, 16))
+    found = precision_at_r(x, labels, chunk_size=chunk_size, kept=kept)
+    assert found == brute_force_at_r(x, labels)
+    arguments = x[::3], labels[::3], x[1::2], labels[1::2]
+    found = precision_at_r(*arguments, chunk_size=chunk_size, kept=kept)
+    assert found == brute_force_at_r(*arguments)
 
 
 def test_precision_at_r_agrees_with_pytorch_metric_learning():
