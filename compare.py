@@ -13,7 +13,7 @@ from scipy.stats import t as student_t
 import dataset
 from flags import Parser, flag_of
 from runs.checkpoint import FREE_ON_RESUME
-from runs.results import best_of, main_metric, scores_of
+from runs.results import HELD_OUT, results_of, rows_of
 from storage import replacing, require_format, require_writable, write_atomically
 from utils import UserError, plural, run
 
@@ -27,7 +27,7 @@ class Setting(NamedTuple):
 
     flags: dict
     metric: str  # Recall@K of the runs' least K: settings are compared by it
-    seeds: dict  # {seed: {"last", "best": an epoch's line of metrics.jsonl}}
+    seeds: dict  # {seed: {"start", "best", "last": {metric: per cent}}}
 
 
 def build_parser():
@@ -55,17 +55,19 @@ def read_runs(folders):
                 history = list(map(json.loads, (path / "metrics.jsonl").read_text().splitlines()))
                 compared = compared_flags(flags | {"epochs": len(history)})
                 key = compared["dataset"], json.dumps(compared, sort_keys=True)
-                metric = main_metric(history[-1])
+                file = path / "results.json"
+                results = json.loads(file.read_text()) if file.exists() else results_of(history)
+                rows = {title: metrics for title, _, metrics in rows_of(results)}
+                metric = next(iter(rows["last"]), None)
                 setting = settings.get(key) or Setting(compared, metric, {})
-                if len(history) < flags["epochs"]:
+                if len(history) < flags["epochs"] and not file.exists():
                     left_out.append(f"{path}: {len(history)} of {flags['epochs']} epochs")
                 elif not metric:
                     left_out.append(f"{path}: trained on all classes, not tested")
                 elif flags["seed"] in setting.seeds:
                     left_out.append(f"{path}: of the setting and seed of a run before it")
                 else:
-                    best = best_of(history, metric)
-                    setting.seeds[flags["seed"]] = {"last": history[-1], "best": best}
+                    setting.seeds[flags["seed"]] = rows
                     settings[key] = setting
             except (OSError, ValueError, LookupError, UserError) as error:
                 left_out.append(f"{path}: damaged ({' '.join(str(error).split())})")
@@ -78,6 +80,11 @@ def compared_flags(flags):
     names = flags.keys() - NOT_COMPARED | {own, "epochs"}
     weights = {} if flags["disent"] else {"al": 0.0, "be": 0.0, "gam": 0.0}
     return {name: value for name, value in flags.items() if name in names} | weights
+
+
+def is_shown(metric):
+    """Of the metrics of held-out classes, the one that chooses."""
+    return not metric.startswith(HELD_OUT) or metric == f"{HELD_OUT}MAP@R"
 
 
 def with_spread(values):
@@ -101,9 +108,9 @@ def table_of(settings, baseline):
             row = {"data set": title, "loss": flags["loss"]}
             row |= {flag_of(name): str(flags.get(name)) for name in differing}
             row["epochs"] = str(flags["epochs"])
-            for which, result in results[0].items():
-                for name in scores_of(result):
-                    values = [each[which][name] for each in results if name in each[which]]
+            for which, metrics in results[0].items():
+                for name in filter(is_shown, metrics):
+                    values = [each[which][name] for each in results if name in each.get(which, ())]
                     row[f"{which} {name}"] = with_spread(values)
             if metric in paper and flags["disent"] and flags["loss"] == "Proxy_Anchor":
                 ours = mean(each["best"][metric] for each in results)

@@ -14,8 +14,9 @@ from retrieval.metrics import recall_at_k  # noqa: F401 (as an API)
 from retrieval.page import results_page
 from retrieval.search import NEIGHBOURS, neighbours
 from runs.checkpoint import epoch_of
+from runs.finish import draw_curves
 from runs.folder import checkpoint_in
-from runs.pictures import draw_curves
+from runs.start import facts_of
 from storage import read_checkpoint, require_format, require_writable, write_atomically, write_json
 from utils import UserError, run, say, set_precision, warn
 
@@ -96,6 +97,10 @@ def write_outputs(args, checkpoint, images, about, scores, retrieved):
         write_json(Path(args.json).resolve(), {
             **scores, "dataset": args.dataset, "data_root": args.data_root, "split": "test",
             "checkpoint": args.checkpoint, "epoch": epoch_of(checkpoint),
+            # and the shape of a run's results.json
+            "chosen_by": None, "start": None, "last": None,
+            "chosen": {"epoch": epoch_of(checkpoint), "metrics": scores},
+            **facts_of({"test": images}, retrieved.embeddings.device),
         })  # fmt: skip
 
 

@@ -120,6 +120,17 @@ def at_least(low, kind=int, maximum=10**9):
     return parse
 
 
+def share(text):
+    """argparse type: a number above 0 and below 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError(text)
+    return value
+
+
+share.__name__ = "share (above 0, below 1)"
+
+
 def name_part(text):
     """argparse type: a part of a folder's name."""
     if "/" in text or not text.isprintable():

@@ -124,6 +124,7 @@ class Training:
         self.model, self.criterion = model, criterion
         self.optimizer, self.scheduler = build_optimizer(args, model, criterion)
         self.history = []  # of finished epochs, what metrics.jsonl has
+        self.start = None  # {metric: per cent} before the first epoch
         self.epoch = None  # the runs.results.Epoch under way
 
 

@@ -10,7 +10,7 @@ import torch
 import dataset
 from dataset.files import UnreadableImage
 from dataset.images import digest_of_names
-from distributed import init_processes, rank, rank_0_first, world_size
+from distributed import from_rank_0, init_processes, rank, rank_0_first, world_size
 from flags import (
     SWITCH,
     Parser,
@@ -21,6 +21,7 @@ from flags import (
     compile_mode,
     given_flags,
     name_part,
+    share,
 )
 from loading.cache import keep_on_device, read_from_memory
 from loading.loader import Loading, batches, test_loader, train_loader
@@ -29,14 +30,26 @@ from net import CHOICES, compile_backbone, model_name
 from recipe import OPTIMIZERS, build_training, loss_noise, prepare_epoch, settle_loss, train_step
 from retrieval.evaluate import describe, evaluate
 from runs.checkpoint import restore, save
-from runs.checks import check_batches, check_flags
-from runs.pictures import draw
-from runs.report import announce, conclude, say_epoch
-from runs.results import Epoch, result_of
+from runs.checks import check_batches, check_flags, hold_out
+from runs.finish import finish
+from runs.report import announce, conclude, say_epoch, say_start
+from runs.results import Epoch, in_percent, is_finished, result_of
 from runs.safety import after_step, early_end
 from runs.start import open_run, record
 from runs.tracking import address_of, log_epoch, memory_of
-from utils import STEP, Interrupted, Stop, progress, run, say, seed_of, set_precision, set_quiet
+from storage import read_checkpoint
+from utils import (
+    STEP,
+    Interrupted,
+    Stop,
+    progress,
+    run,
+    say,
+    seed_of,
+    set_precision,
+    set_quiet,
+    warn,
+)
 
 
 def build_parser():
@@ -44,6 +57,11 @@ def build_parser():
     add = add_data_flags(parser, dataset.canonical_name, dataset.CHOICES, batch_size=180)
     add("--train-on", default="train", choices=["train", "all"],
         help="all: every class there is, to ship the network; none is left to test on")  # fmt: skip
+    add("--val-classes", type=share, metavar="SHARE",
+        help="hold out this share of the training classes: MAP@R among them chooses the epoch, and "
+        "the test images are looked at once, at the end")  # fmt: skip
+    add("--fold", type=at_least(0), help="which such share of the sorted classes, from 0")
+    add("--patience", type=at_least(1), help="end after so many epochs without a better one")
     add("--IPC", type=at_least(1), help="balanced batches: images per class; by default any")
     add("--cache", default="none", choices=["none", "ram", "gpu"],
         help="keep decoded images in memory; gpu: the device's, cropped there")  # fmt: skip
@@ -95,23 +113,30 @@ def build_parser():
 
 
 def load_images(args):
-    """{split: ImageSet}, checked against the batch; with --train-on all, `train` alone."""
+    """{split: ImageSet}, checked against the batch: train, and test; with --val-classes, val; with
+    --train-on all, train alone."""
     dataset.prepare(args.dataset, args.data_root)
     splits, name = dataset.read(args.dataset, args.data_root), dataset.title(args.dataset)
-    wanted = {"train": "train", "test": "test"} if args.train_on == "train" else {"train": "all"}
-    images = {split: dataset.image_set(args.dataset, splits, of) for split, of in wanted.items()}
+    train = dataset.image_set(args.dataset, splits, "all" if args.train_on == "all" else "train")
+    images = {"train": train}
+    if args.val_classes:  # test images are not needed before the end
+        images = hold_out(args, train)
+        if not {"test", "query"} & splits.keys():
+            warn(f"{name}: there are no test images, which the end of this run will evaluate")
+    elif args.train_on == "train":
+        images["test"] = dataset.image_set(args.dataset, splits, "test")
     check_batches(args, images["train"], name)
-    for split, of in wanted.items():
-        say(describe(f"{name} {of}", images[split]))
-    if "test" not in images:
+    for split, each in images.items():
+        say(describe(f"{name} {'all' if args.train_on == 'all' else split}", each))
+    if args.train_on == "all":
         say("training on all classes: no test classes; the last epoch is kept")
     return images
 
 
 def build_loading(training, images):
-    """The loader of training, and what evaluates the test images, None without any."""
+    """The loader of training, and what evaluates the images of another split, None without any."""
     args, model = training.args, training.model
-    train, test = images["train"], images.get("test")
+    train, test = images["train"], images.get("val", images.get("test"))
     loading = Loading(args.image_size, args.workers, training.device, model.interpolation)
     if args.cache == "ram":
         paths = [path for each in images.values() for path in each.paths]
@@ -121,9 +146,36 @@ def build_loading(training, images):
     if args.cache == "gpu":
         loader, tested = keep_on_device(train, loader, tested, loading)
     ks = dataset.ks(args.dataset, args.ks)
+    at_r = args.metrics or bool(args.val_classes)
     if not test:
         return loader, None
-    return loader, partial(evaluate, model, tested, ks, test.queries, args.metrics)
+    return loader, partial(evaluate, model, tested, ks, test.queries, at_r)
+
+
+def evaluate_start(training, evaluate_test):
+    """What the network retrieves before the first step; into training.start."""
+    args = training.args
+    if evaluate_test and not (training.start or training.history or training.epoch.step):
+        prepare_epoch(training.model, 0, args.warm, args.bn_freeze)  # else --compile compiles twice
+        training.start = in_percent(evaluate_test(), args)
+        say_start(training.start)
+
+
+def test_once(training, images, run_folder):
+    """The end of a run with --val-classes: the test images by the last and by the chosen network.
+    Returns (what the chosen one retrieves, {"chosen", "last": {metric: per cent}})."""
+    args, model = training.args, training.model
+    images["test"] = dataset.load(args.dataset, args.data_root, "test")
+    say(describe(f"{dataset.title(args.dataset)} test", images["test"]))
+    loading = Loading(args.image_size, args.workers, training.device, model.interpolation)
+    loader = test_loader(images["test"], args.batch_size, loading)
+    ks, tested = dataset.ks(args.dataset, args.ks), {}
+    for name, path in (("last", run_folder.last), ("chosen", run_folder.best)):
+        checkpoint = from_rank_0(partial(read_checkpoint, path))
+        model.load_state_dict(checkpoint["model_state_dict"])
+        retrieved = evaluate(model, loader, ks, images["test"].queries, at_r=True)
+        tested[name] = {metric: 100 * score for metric, score in retrieved.scores.items()}
+    return retrieved, tested
 
 
 def run_epoch(training, loader, evaluate_test, run_folder, stop):
@@ -184,7 +236,7 @@ def main(argv=None):
     if run_folder.complete:
         history = checkpoint["history"]
         say(f"{run_folder.folder} is finished: {len(history)} of {args.epochs} epochs are done")
-        conclude(history, run_folder)
+        conclude(run_folder.stored_results(checkpoint), run_folder)
         return
     settle_loss(args)
     check_flags(args)
@@ -203,20 +255,23 @@ def main(argv=None):
         restore(training, checkpoint, args.resume)
         partial_epoch = checkpoint["partial"] or {}
     loader, evaluate_test = build_loading(training, images)
-    files, retrieved = loader.batch_sampler.files, None
+    files, retrieved, tested = loader.batch_sampler.files, None, None
     training.epoch = Epoch(len(training.history), files, **partial_epoch)
     with record(run_folder, training, images, argv, checkpoint) as wandb_run:
         announce(training, len(loader), run_folder)
+        evaluate_start(training, evaluate_test)
         with Stop() as stop, run_folder:  # in here are all saves
-            while training.epoch.number < args.epochs:
+            while not is_finished(training.history, args):
                 retrieved = run_epoch(training, loader, evaluate_test, run_folder, stop)
                 say_epoch(training.history[-1], args.epochs)
                 log_epoch(wandb_run, training.history, **memory_of(device))
                 training.epoch = Epoch(len(training.history), files)
-        if evaluate_test and not retrieved:  # all was trained before; what is left is to draw
+        if args.val_classes:
+            retrieved, tested = test_once(training, images, run_folder)
+        elif evaluate_test and not retrieved:  # all was trained before; what is left is to draw
             retrieved = evaluate_test()
-        draw(run_folder, training.history, images.get("test"), retrieved, wandb_run)
-    conclude(training.history, run_folder, address_of(wandb_run))
+        results = finish(run_folder, training, images, retrieved, tested, wandb_run)
+    conclude(results, run_folder, address_of(wandb_run))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from storage import read_checkpoint
 from utils import UserError
 
 CONNECT_SECONDS = 20  # BN-Inception's host is often down, and torch.hub would wait for minutes
-OR_RANDOM = "or train from random weights with --weights none"
+OR_RANDOM = "or train from random weights with --weights none --warm 0 --bn-freeze 0"
 
 
 def download(url, sha256):

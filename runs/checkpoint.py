@@ -49,6 +49,7 @@ def capture(training, partial=None):
         "partial": partial,
         "args": vars(training.args),
         "history": training.history,
+        "start": training.start,
         "images": training.images_digest,  # a run continues only with the same images
     }
     if rank() == 0:
@@ -98,6 +99,7 @@ def restore(training, checkpoint, path):
         training.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         training.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         training.history = checkpoint["history"]
+        training.start = checkpoint.get("start")  # older runs have none
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: its state is not that of this run ({error})") from error
 

@@ -9,6 +9,14 @@ from utils import UserError, warn
 def check_flags(args):
     """UserError or warning where flags do not go together, or not with this machine."""
     wandb_mode(args.wandb)  # refuses an account that is not there
+    for name in ("fold", "patience"):
+        if getattr(args, name) is not None and not args.val_classes:
+            raise UserError(f"--{name}: needs --val-classes, the share of classes to choose by")
+    if args.val_classes and args.train_on == "all":
+        raise UserError("--train-on all: leaves no class for --val-classes; leave one of them out")
+    if args.weights == "none" and (args.warm or args.bn_freeze):
+        warn("--weights none: random weights learn little while --warm and --bn-freeze hold them "
+             "still; use --warm 0 --bn-freeze 0")  # fmt: skip
     has_proxies = args.loss in PROXY_LOSSES
     if args.shard_proxies and args.loss != "Proxy_Anchor":
         raise UserError(f"--shard-proxies: --loss {args.loss} needs all of its parameters in each "
@@ -39,3 +47,18 @@ def check_batches(args, images, name):
             raise UserError(f"--IPC {args.IPC}: a batch of --batch-size {args.batch_size} cannot "
                             f"hold {args.IPC} images of each of a whole number of the "
                             f"{len(images.classes)} classes")  # fmt: skip
+
+
+def hold_out(args, images):
+    """{"train", "val"} of the training images, by --val-classes and --fold."""
+    fold = args.fold or 0
+    try:
+        train, val = images.hold_out(args.val_classes, fold)
+    except ValueError:
+        raise UserError(f"--fold {fold}: --val-classes {args.val_classes} makes folds 0 to "
+                        f"{int(1 / args.val_classes + 1e-9) - 1}") from None  # fmt: skip
+    if min(len(train.classes), len(val.classes)) < 2:
+        raise UserError(f"--val-classes {args.val_classes}: of {len(images.classes)} classes, "
+                        f"{len(val.classes)} would be held out and {len(train.classes)} train; "
+                        "both take at least two")  # fmt: skip
+    return {"train": train, "val": val}

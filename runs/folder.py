@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from runs.checkpoint import on_host
-from runs.results import best_of, main_metric, summary
+from runs.results import best_of, main_metric, results_of, summary
 from storage import read_checkpoint, temporary_of, write_atomically, write_checkpoint, write_json
 from utils import UserError, warn
 
@@ -31,10 +31,11 @@ class RunFolder:
         self.results = self.folder / f"{name}_best_results.txt"
         self.metrics = self.folder / "metrics.jsonl"
         self.args = self.folder / "args.json"
+        self.summary = self.folder / "results.json"
         self.curves = self.folder / "curves.png"
         self.page = self.folder / "page.html"
-        self.files = [self.args, self.metrics, self.results, self.curves, self.page, self.best,
-                      self.last, self.previous]  # fmt: skip
+        self.files = [self.args, self.metrics, self.results, self.summary, self.curves, self.page,
+                      self.best, self.last, self.previous]  # fmt: skip
         self.file_lock = FileLock(self.folder / ".lock", timeout=LOCK_SECONDS)
         self.complete, self.writing = False, None
 
@@ -73,22 +74,28 @@ class RunFolder:
         except ValueError:
             raise UserError(f"{self.args}: damaged; delete it, --resume writes a new one") from None
 
-    def start(self, description, history):
-        """Write args.json and the results so far. A new run (history None) first renames the old
-        files to *.replaced: if it dies before its first save, they stay."""
-        if history is None and self.in_use():
+    def start(self, description, training, new):
+        """Write args.json and the results so far. A new run first renames the old files to
+        *.replaced: if it dies before its first save, they stay."""
+        if new and self.in_use():
             for file in filter(Path.exists, self.files):
                 os.replace(file, f"{file}{REPLACED}")
-        for picture in (self.page, self.curves):
-            picture.unlink(missing_ok=True)
+        for file in (self.summary, self.page, self.curves):  # of an end that was not the last
+            file.unlink(missing_ok=True)
         write_json(self.args, description)
-        self.write_results(history or [])
+        self.write_results(training.history, training.start)
 
-    def write_results(self, history):
+    def write_results(self, history, start):
         if history:
-            write_atomically(self.results, summary(history).encode())
+            write_atomically(self.results, summary(results_of(history, start)).encode())
         lines = "".join(json.dumps(result) + "\n" for result in history)
         write_atomically(self.metrics, lines.encode())
+
+    def stored_results(self, checkpoint):
+        """results.json, or of a run from before it, the same of its history."""
+        if self.summary.exists():
+            return json.loads(self.summary.read_text())
+        return results_of(checkpoint["history"])
 
     def save(self, checkpoint):
         """Write a checkpoint in a thread, once the one before is written. An error is raised by the
@@ -117,7 +124,7 @@ class RunFolder:
             metric = main_metric(history[-1])
             if metric and best_of(history, metric) is history[-1]:
                 write_checkpoint(self.best, {part: checkpoint[part] for part in BEST_PARTS})
-            self.write_results(history)
+            self.write_results(history, checkpoint["start"])
         write_checkpoint(self.last, checkpoint, keep=self.previous)
         for file in self.files:
             Path(f"{file}{REPLACED}").unlink(missing_ok=True)
@@ -150,7 +157,7 @@ class RunFolder:
 class NoFolder(contextlib.nullcontext):
     """The RunFolder of ranks above 0: writes nothing."""
 
-    folder = None
+    folder = best = last = None
 
     def __init__(self, complete):
         super().__init__()
@@ -159,7 +166,7 @@ class NoFolder(contextlib.nullcontext):
     def save(self, *_):
         pass
 
-    wait = check = save
+    wait = check = stored_results = save
 
 
 def checkpoint_in(path):

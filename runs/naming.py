@@ -11,7 +11,8 @@ from runs.checkpoint import FREE_ON_RESUME
 NAMED = {"dataset", "model", "loss", "embedding_size", "disent", "al", "be", "gam", "optimizer",
          "lr", "batch_size", "seed", "remark"}  # fmt: skip
 SHORT = {"data_root": "", "image_size": "size", "lr_decay_step": "decay", "lr_decay_gamma": "gamma",
-         "weight_decay": "wd", "proxy_lr_factor": "proxylr", "train_on": "on"}  # fmt: skip
+         "weight_decay": "wd", "proxy_lr_factor": "proxylr", "train_on": "on",
+         "val_classes": "val"}  # fmt: skip
 
 
 def settings(args, parser):

@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from distributed import rank, world_size
 from flags import PRECISIONS
-from runs.results import best_of, main_metric, scores_of
+from runs.results import remarks_on, rows_of, scores_of
 from utils import device_name, plural, say
 
 
@@ -25,6 +25,11 @@ def announce(training, steps, run_folder):
     say(f"run folder: {run_folder.folder}")
 
 
+def say_start(metrics):
+    """Say how the network retrieves before it is trained."""
+    say(f"before training  {in_words(metrics)}".rstrip())
+
+
 def say_epoch(result, epochs):
     """Say an epoch's result, and the time left if each epoch takes as long."""
     rest = epochs - result["epoch"] - 1
@@ -41,21 +46,20 @@ def in_words(result):
     return "".join(f"{key} {value:.2f}  " for key, value in scores_of(result).items())
 
 
-def conclude(history, run_folder, wandb=None):
-    """Print the best and the last epoch, and what to look at; `wandb`: an address or a command."""
+def conclude(results, run_folder, wandb=None):
+    """Print the results, and what to look at; `wandb`: an address or a command."""
     if rank():
         return
-    folder, last, metric = run_folder.folder, history[-1], main_metric(history[-1])
-    if metric:
-        for title, result in (("best", best_of(history, metric)), ("last", last)):
-            print(f"{title}: epoch {result['epoch']}  {in_words(result)}".rstrip())
-        print("The best epoch is chosen on the test images, the last one is not.")
-    else:
-        print("Trained on all classes: none is left to test.")
+    for title, epoch, metrics in rows_of(results):
+        when = "" if epoch is None else f"epoch {epoch}  "
+        print(f"{title}: {when}{in_words(metrics)}".rstrip())
+    for line in remarks_on(results):
+        print(line)
+    folder = run_folder.folder
     print(f"run folder: {folder}")
     if run_folder.page.exists():
         print(f"  to look at: {run_folder.page.resolve().as_uri()}")
-    elif metric:
+    elif results["chosen_by"]:
         page = shlex.quote(str(run_folder.page))
         print(f"  to look at: python evaluate.py {shlex.quote(str(folder))} --page {page}")
     print(f"  to evaluate: {run_folder.best if run_folder.best.exists() else run_folder.last}")

@@ -7,6 +7,7 @@ import torch
 
 from utils import UserError
 
+HELD_OUT = "val/"  # begins the names of metrics of held-out classes (--val-classes)
 TERMS = ("metric", "agnostic", "specific", "split")
 
 
@@ -68,7 +69,6 @@ def result_of(training, steps, retrieved):
     images = epoch.step * training.args.batch_size
     terms = {name: epoch.totals[name] / steps if name in epoch.totals else None
              for name in ("loss", *TERMS)}  # fmt: skip
-    scores = retrieved.scores if retrieved else {}
     return {
         "epoch": epoch.number,
         **terms,
@@ -76,13 +76,21 @@ def result_of(training, steps, retrieved):
         "seconds": sum(seconds.values()),
         **{f"seconds_{what}": spent for what, spent in seconds.items()},
         "images_per_second": images / (seconds["data"] + seconds["step"]),
-        **{name: 100 * fraction for name, fraction in scores.items()},
+        **(in_percent(retrieved, training.args) if retrieved else {}),
     }
 
 
+def in_percent(retrieved, args):
+    """{metric: per cent}, of held-out classes under names that say so."""
+    prefix = HELD_OUT if args.val_classes else ""
+    return {f"{prefix}{name}": 100 * score for name, score in retrieved.scores.items()}
+
+
 def main_metric(result):
-    """The name of Recall@K of the smallest K, usually R@1; None without a test."""
-    return next(iter(scores_of(result)), None)
+    """What the best epoch is chosen by: MAP@R of held-out classes, else Recall@K of the smallest K;
+    None without a test."""
+    scores = scores_of(result)
+    return f"{HELD_OUT}MAP@R" if f"{HELD_OUT}MAP@R" in scores else next(iter(scores), None)
 
 
 def best_of(history, metric):
@@ -90,21 +98,68 @@ def best_of(history, metric):
     return max(history, key=lambda result: result[metric or "epoch"])
 
 
+def is_finished(history, args):
+    """Whether nothing is left to train: all epochs are, or --patience has run out."""
+    if not history or len(history) >= args.epochs or not args.patience:
+        return len(history) >= args.epochs
+    best = best_of(history, main_metric(history[-1]))
+    return history[-1]["epoch"] - best["epoch"] >= args.patience
+
+
 def scores_of(result):
     """The retrieval metrics of an epoch's result, Recall@K of the smallest K first."""
-    return {key: result[key] for key in result if key.startswith(("R@", "MAP@R", "R-Precision"))}
+    kinds = ("R@", "MAP@R", "R-Precision")
+    return {key: result[key] for key in result if key.removeprefix(HELD_OUT).startswith(kinds)}
 
 
-def summary(history):
-    """The published script's result file, with the last epoch beside the best."""
+def results_of(history, start=None, tested=None, **facts):
+    """results.json. start: {metric: per cent} before the first epoch; tested: {"chosen", "last":
+    {metric: per cent}}, of the test images at the end of a run with --val-classes."""
     last, metric = history[-1], main_metric(history[-1])
-    if not metric:
-        return f"Last Epoch: {last['epoch']}\nTrained on all classes: none is left to test.\n"
+    rows = {"chosen": best_of(history, metric), "last": last}
+    where = "held-out classes" if metric and metric.startswith(HELD_OUT) else "the test images"
+    return {
+        "chosen_by": metric and f"{metric.removeprefix(HELD_OUT)} of {where}",
+        "start": start and {"epoch": None, "metrics": start},
+        **{name: {"epoch": result["epoch"],
+                  "metrics": {**(tested or {}).get(name, {}), **scores_of(result)}}
+           for name, result in rows.items()},
+        **facts,
+    }  # fmt: skip
+
+
+def rows_of(results):
+    """[(title, epoch or None, {metric: per cent})]: before training, the best epoch, the last."""
+    titles = {"start": "start", "chosen": "best", "last": "last"}
+    return [(title, results[name]["epoch"], results[name]["metrics"])
+            for name, title in titles.items() if results[name] and results[name]["metrics"]]
+
+
+def remarks_on(results):
+    """What is to be known of these numbers, a line each."""
+    if not results["chosen_by"]:
+        return ["Trained on all classes: none is left to test."]
+    lines = ["The best epoch is chosen on the test images, the last one is not."]
+    if HELD_OUT in "".join(results["last"]["metrics"]):
+        lines = [f"The best epoch is chosen by {results['chosen_by']}; test images were evaluated "
+                 "once, at the end."]  # fmt: skip
+    start, last = (results[name] and results[name]["metrics"] for name in ("start", "last"))
+    metric = main_metric(last)
+    if start and last[metric] < start[metric]:
+        lines.append(f"The last epoch is below the network that training started from: {metric} "
+                     f"{last[metric]:.2f} after, {start[metric]:.2f} before.")  # fmt: skip
+    return lines
+
+
+def summary(results):
+    """The published script's result file, with the start and the last epoch beside the best."""
+    if not results["chosen_by"]:
+        return f"Last Epoch: {results['last']['epoch']}\n{remarks_on(results)[0]}\n"
     lines = []
-    for title, result in (("Best", best_of(history, metric)), ("Last", last)):
-        lines.append(f"{title} Epoch: {result['epoch']}")
-        for key, value in scores_of(result).items():
-            lines.append(f"{title} {key.replace('R@', 'Recall@')}: {value:.4f}")
+    for title, epoch, metrics in sorted(rows_of(results)):  # Best first, as published
+        if epoch is not None:
+            lines.append(f"{title.capitalize()} Epoch: {epoch}")
+        for key, value in metrics.items():
+            lines.append(f"{title.capitalize()} {key.replace('R@', 'Recall@')}: {value:.4f}")
     # differs: the script writes the best epoch alone, and not how it was chosen
-    lines.append("The best epoch is chosen on the test set, the last one is not.")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + remarks_on(results)) + "\n"

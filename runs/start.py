@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 
+from dataset.images import digest_of_names
 from distributed import from_rank_0, job, rank, restarts, world_size
 from flags import VERSION
 from runs.checkpoint import bytes_needed, flags_to_continue_with, require_parts
 from runs.folder import NoFolder, RunFolder
 from runs.naming import differences, file_prefix, run_folder_path
+from runs.results import is_finished
 from runs.tracking import track, wandb_mode
 from sharded import map_proxies
 from utils import UserError, device_name, say, warn
@@ -96,7 +98,7 @@ def continued_run(parser, args, given, path):
     args = flags_to_continue_with(parser, given, checkpoint["args"], source)
     args.resume = str(source)
     drawn = run_folder.curves.exists()  # the last file of a run
-    run_folder.complete = drawn and len(checkpoint["history"]) >= args.epochs
+    run_folder.complete = drawn and is_finished(checkpoint["history"], args)
     return args, run_folder, checkpoint
 
 
@@ -120,7 +122,7 @@ def record(run_folder, training, images, argv, checkpoint):
     config = {**vars(args), **process, "data": counts}
     with track(args, mode, run_folder.folder, run_id, config, training.history) as wandb_run:
         description["wandb_id"] = wandb_run.id if wandb_run else run_id
-        run_folder.start(description, training.history if checkpoint else None)
+        run_folder.start(description, training, new=checkpoint is None)
         yield wandb_run
     run_folder.file_lock.release(force=True)
 
@@ -148,6 +150,15 @@ def describe_process(argv, device):
         "processes": world_size(),
         "threads": torch.get_num_threads(),
     }
+
+
+def facts_of(images, device):
+    """What numbers are of: the images of each split, the code, the device."""
+    process = describe_process([], device)
+    counts = {split: {"images": len(each), "classes": len(each.classes),
+                      "digest": digest_of_names([each])} for split, each in images.items()}
+    names = ("commit", "uncommitted_changes", "device")
+    return {"images": counts, **{name: process[name] for name in names}}
 
 
 def warn_of_changes(description, process):

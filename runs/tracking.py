@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import dataset
-from runs.results import best_of, main_metric, scores_of
+from runs.results import best_of, main_metric, rows_of, scores_of
 from utils import Interrupted, UserError, warn
 
 WANDB_MODES = ("online", "offline", "disabled", "run", "dryrun")
@@ -109,6 +109,14 @@ def log_epoch(run, history, **more):
     for which, chosen in (("last", result), ("best", best)):
         run.summary[f"{which}/epoch"] = chosen["epoch"]
         for name, percent in scores_of(chosen).items():
+            run.summary[f"{which}/{name}"] = percent / 100
+
+
+def log_results(run, results):
+    """The end's summary: before training, the chosen and the last epoch, as fractions."""
+    for which, epoch, metrics in rows_of(results) if run else ():
+        run.summary[f"{which}/epoch"] = epoch
+        for name, percent in metrics.items():
             run.summary[f"{which}/{name}"] = percent / 100
 
 

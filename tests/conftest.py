@@ -18,7 +18,7 @@ from scipy.io import savemat
 import train
 import utils
 from net import create_model
-from runs import pictures
+from runs import finish
 from tests import toy  # noqa: F401 (it adds --model toy)
 
 torch.set_num_threads(1)  # the networks are so small that a second one only waits
@@ -178,9 +178,9 @@ def defaults_of_the_process():
 @pytest.fixture(autouse=True)
 def pictures_in_no_time(monkeypatch):
     """Pictures take seconds, several hundred runs are made; some tests put back what draws them."""
-    monkeypatch.setattr(pictures, "draw_curves", lambda history: b"a picture")
-    monkeypatch.setattr(pictures, "draw_neighbours", lambda *_: None)
-    monkeypatch.setattr(pictures, "log_picture", lambda *_: None)
+    monkeypatch.setattr(finish, "draw_curves", lambda history: b"a picture")
+    monkeypatch.setattr(finish, "draw_neighbours", lambda *_: None)
+    monkeypatch.setattr(finish, "log_picture", lambda *_: None)
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def made_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(pictures, "draw_curves", lambda history: b"a picture")
+        patch.setattr(finish, "draw_curves", lambda history: b"a picture")
         yield folder
 
 

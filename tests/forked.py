@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import train
-from runs import pictures
+from runs import finish
 from tests import toy  # noqa: F401 (it adds --model toy)
 from utils import run
 
@@ -44,6 +44,6 @@ def in_folder(here, threads, function, *args):
 
 def train_py(flags):
     """python train.py FLAGS, but for its curves"""
-    pictures.draw_curves = lambda history: b"a picture"
+    finish.draw_curves = lambda history: b"a picture"
     sys.argv = ["train.py", *shlex.split(flags)]
     run(train.main)

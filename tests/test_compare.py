@@ -36,6 +36,7 @@ def make_runs(here):
         train.main(shlex.split(TINY + f"--seed {seed} --lr 1e-2 --disent False"))
     train.main(shlex.split(TINY + "--epochs 1 --remark _short"))
     (short,) = here.glob("logs/*/*_short")
+    (short / "results.json").unlink()  # as --resume does
     text = (short / "args.json").read_text()
     (short / "args.json").write_text(text.replace('"epochs": 1', '"epochs": 5'))
     bad = here / "logs/logs_cub/bad"

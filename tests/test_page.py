@@ -46,10 +46,16 @@ def trained(here, trained_once):
     return run_folder(here)
 
 
+KS = (1, 2, 4, 8, 16, 32)
+
+
 def test_a_finished_run_has_a_page_with_its_recalls_and_each_class_s(trained):
     data, (result,) = data_of(trained / "page.html"), metrics(trained)
-    assert data["metrics"][0] == ["last epoch, 0", {f"R@{k}": result[f"R@{k}"] for k in
-                                                    (1, 2, 4, 8, 16, 32)}]  # fmt: skip
+    rows, recalls = dict(data["metrics"]), {f"R@{k}": result[f"R@{k}"] for k in KS}
+    chosen = "best epoch, 0, chosen by R@1 of the test images"
+    assert list(rows) == ["before training", chosen, "last epoch, 0"]
+    assert rows["last epoch, 0"] == rows[chosen] == recalls
+    assert rows["before training"].keys() == recalls.keys()
     assert base64.b64decode(data["curves"]) == (trained / "curves.png").read_bytes()
     assert data["per_class_metric"] == "R@1"
     assert [count for _, count, _ in data["per_class"]] == [10] * 3

@@ -22,7 +22,8 @@ def test_a_run_says_what_will_happen_and_how_long_it_will_take(here, capsys):
     assert lines[2].endswith("parameters: backbone 0.00125, heads 0.000544, proxies 1.6e-05")
     assert lines[3].endswith("float32: 3 epochs of 2 steps of 8 images")
     assert lines[4] == f"run folder: {run_folder(Path())}"
-    assert [bool(re.search(r"images/s; \d\d:\d\d left\)$", line)) for line in lines[5:8]] == [
+    assert lines[5].startswith("before training  R@1 ")
+    assert [bool(re.search(r"images/s; \d\d:\d\d left\)$", line)) for line in lines[6:9]] == [
         True, True, False
     ]  # fmt: skip
 
@@ -31,7 +32,7 @@ def test_a_quiet_run_prints_its_results_alone(here, capsys):
     make_cub(here / "data")
     train.main(shlex.split(TINY + "--quiet"))
     out, err = capsys.readouterr()
-    assert out.startswith("best: epoch ") and "\nlast: epoch 1  R@1 " in out and "loss" not in out
+    assert out.startswith("start: R@1 ") and "\nlast: epoch 1  R@1 " in out and "loss" not in out
     assert all(line.startswith("warning: ") for line in err.splitlines())
     assert "quiet" not in run_folder(here).name
     train.main(shlex.split(TINY + "--epochs 3 --resume"))

@@ -18,10 +18,10 @@ from PIL import Image
 import evaluate
 import train
 import utils
-from runs import pictures
+from runs import finish
+from runs.finish import draw_curves
 from runs.folder import RunFolder
 from runs.naming import run_folder_path
-from runs.pictures import draw_curves
 from storage import read_checkpoint
 from tests import kill
 from tests.conftest import (
@@ -143,7 +143,7 @@ def test_the_best_checkpoint_is_the_network_alone_and_a_finished_run_has_no_prev
 
 @pytest.mark.parametrize("flags", ["", "--disent False", "--metrics", "--train-on all --gam 0"])
 def test_a_finished_run_has_its_curves_as_a_picture(here, monkeypatch, flags):
-    monkeypatch.setattr(pictures, "draw_curves", draw_curves)
+    monkeypatch.setattr(finish, "draw_curves", draw_curves)
     make_cub(here / "data")
     train.main(shlex.split(TINY + flags))
     with Image.open(run_folder(here) / "curves.png") as image:
@@ -194,7 +194,6 @@ def torn(path):
 
 @pytest.mark.parametrize("where, workers", [
     ("002.Bird_1/Bird_0007.jpg", 0), ("002.Bird_1/Bird_0007.jpg", 2),
-    ("004.Bird_3/Bird_0007.jpg", 1),
 ])  # fmt: skip
 def test_what_was_trained_before_a_damaged_image_is_saved_and_goes_on_once_it_is_mended(
     here, capsys, where, workers
@@ -207,8 +206,7 @@ def test_what_was_trained_before_a_damaged_image_is_saved_and_goes_on_once_it_is
     assert f"{where}: not an image that can be read" in error
     assert "replace it; `python -m dataset.check` lists all such files; what was" in error
     saved = read_checkpoint(checkpoint_of(run_folder(here)))
-    in_test = "004" in where
-    assert saved["history"] == [] and (saved["partial"]["step"] == 10) == in_test
+    assert saved["history"] == [] and saved["partial"]["step"] < 10
     assert str(run_folder(here).relative_to(here)) in error
 
     again = error.split("continue with: python train.py ")[1]
@@ -331,7 +329,7 @@ def test_a_run_killed_while_it_draws_is_completed_by_resume(here, capsys, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pictures, "results_page", killed)
+        patch.setattr(finish, "results_page", killed)
         with pytest.raises(KeyboardInterrupt):
             train.main(shlex.split(TINY))
     folder = run_folder(here)

@@ -12,7 +12,7 @@ from PIL import Image
 
 import train
 from retrieval.picture import draw_neighbours
-from runs import pictures, tracking
+from runs import finish, tracking
 from tests import forked
 from tests.conftest import ROOT, TINY, fails, make_cub, metrics, run_folder
 from utils import Interrupted
@@ -61,8 +61,8 @@ def newest_offline_run(folder):
 
 def test_an_offline_wandb_run_holds_what_people_look_at(here, capfd, monkeypatch):
     monkeypatch.delenv("WANDB_SILENT")
-    monkeypatch.setattr(pictures, "draw_neighbours", draw_neighbours)
-    monkeypatch.setattr(pictures, "log_picture", tracking.log_picture)
+    monkeypatch.setattr(finish, "draw_neighbours", draw_neighbours)
+    monkeypatch.setattr(finish, "log_picture", tracking.log_picture)
     make_cub(here / "data")
     train.main(shlex.split(TINY.replace("--wandb disabled", "--wandb auto")))
     folder = run_folder(here)

@@ -1,4 +1,4 @@
-"""What a finished run leaves to look at."""
+"""What a finished run leaves: results.json, a page and its curves."""
 
 import io
 
@@ -7,33 +7,39 @@ from retrieval.evaluate import describe
 from retrieval.page import results_page
 from retrieval.picture import draw_neighbours
 from retrieval.search import NEIGHBOURS, neighbours
-from runs.results import TERMS, best_of, main_metric, scores_of
-from runs.tracking import log_picture
-from storage import write_atomically
+from runs.results import TERMS, results_of, rows_of, scores_of, summary
+from runs.start import facts_of
+from runs.tracking import log_picture, log_results
+from storage import write_atomically, write_json
 
 
-def draw(run_folder, history, test, retrieved, wandb_run):
-    """Draw the finished run's curves and, if there are `test` images, a page of what the last
-    epoch's network retrieves."""
+def finish(run_folder, training, images, retrieved, tested, wandb_run):
+    """Write the results and draw. retrieved: what the page shows of the test images, None without
+    any; tested: as in results_of. Returns the results, on rank 0."""
     if rank():
-        return
-    curves = draw_curves(history)
-    if test:
-        last, best = history[-1], best_of(history, main_metric(history[-1]))
+        return None
+    facts = facts_of(images, training.device)
+    results = results_of(training.history, training.start, tested, **facts)
+    log_results(wandb_run, results)
+    write_atomically(run_folder.results, summary(results).encode())
+    write_json(run_folder.summary, results)
+    curves = draw_curves(training.history)
+    if test := images.get("test"):
+        network = "chosen" if tested else "last epoch's"
+        titles = {"start": "before training", "last": "last epoch, {}",
+                  "best": f"best epoch, {{}}, chosen by {results['chosen_by']}"}  # fmt: skip
         head = {
-            "title": run_folder.folder.name,
-            "about": f"{describe('test', test)}. Below, the last epoch's network.",
-            "metrics": [
-                (f"last epoch, {last['epoch']}", scores_of(last)),
-                (f"best epoch, {best['epoch']}, chosen on these images", scores_of(best)),
-            ],
-            "curves": curves,
-        }
+            "title": run_folder.folder.name, "curves": curves,
+            "metrics": [(titles[row].format(epoch), metrics)
+                        for row, epoch, metrics in rows_of(results)],
+            "about": f"{describe('test', test)}. Below, the {network} network.",
+        }  # fmt: skip
         nearest = neighbours(retrieved.embeddings, NEIGHBOURS, test.queries)
         write_atomically(run_folder.page, results_page(head, test, retrieved.hits, nearest))
         if wandb_run:
             log_picture(wandb_run, draw_neighbours(test, *nearest))
     write_atomically(run_folder.curves, curves)
+    return results
 
 
 def draw_curves(history):
@@ -50,7 +56,7 @@ def draw_curves(history):
     losses.set(title="loss terms, unweighted", yscale="symlog")
     for name in scores_of(history[-1]):
         metrics.plot(epochs, [result.get(name) for result in history], ".-", label=name)
-    metrics.set(title="test images (%)")
+    metrics.set(title="retrieval (%)")
     rate.step(epochs, [result["lr"] for result in history], ".-", where="mid")
     rate.set(title="learning rate", ylim=(0, None))
     for axes in (losses, metrics, rate):

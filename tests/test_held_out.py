@@ -1,0 +1,134 @@
+"""Numbers one may quote: held-out classes choose, test images are used once, training adds."""
+
+import json
+import shlex
+
+import pytest
+
+import evaluate
+import train
+from dataset.images import ImageSet
+from retrieval.metrics import precision_at_r
+from runs.checks import hold_out
+from runs.results import remarks_on, results_of
+from tests.conftest import TINY, checkpoint_of, fails, make_cub, make_folder, metrics, run_folder
+
+HELD = TINY.replace("--batch-size 8", "--batch-size 4") + "--val-classes 0.25 "
+NUMBERS = [f"R@{k}" for k in (1, 2, 4, 8)] + ["MAP@R", "R-Precision"]
+
+
+@pytest.fixture
+def cub(here):
+    return make_cub(here / "data", classes=16)
+
+
+def results_in(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_held_out_classes_choose_the_epoch_and_test_images_are_needed_at_the_end_alone(
+    here, monkeypatch
+):
+    names = [f"class {number}" for number in range(8)]
+    make_folder(here / "photos/train", names)
+    make_folder(here / "hidden", names[:3], first=50)
+    original = train.test_once
+
+    def test_once(*args):
+        (here / "hidden").rename(here / "photos/test")
+        return original(*args)
+
+    monkeypatch.setattr(train, "test_once", test_once)
+    train.main(shlex.split(HELD + "--dataset folder --data-root photos --epochs 4 --lr 1e-2"))
+    folder, history = run_folder(here), metrics(run_folder(here))
+    results = results_in(folder)
+    chosen = max(history, key=lambda result: result["val/MAP@R"])
+    assert results["chosen_by"] == "MAP@R of held-out classes"
+    assert results["chosen"]["epoch"] == chosen["epoch"] and results["last"]["epoch"] == 3
+    assert [name for name in chosen if "@" in name] == [f"val/{name}" for name in NUMBERS[:-1]]
+    assert list(results["start"]["metrics"]) == [f"val/{name}" for name in NUMBERS]
+    assert {split: each["classes"] for split, each in results["images"].items()} == {
+        "train": 6, "val": 2, "test": 3,
+    }  # fmt: skip
+    for which, kind in (("chosen", "best"), ("last", "last")):
+        evaluate.main(shlex.split(
+            f"'{checkpoint_of(folder, kind)}' --workers 0 --metrics --json found.json"
+        ))  # fmt: skip
+        found = json.loads((here / "found.json").read_text())
+        assert {name: results[which]["metrics"][name] for name in NUMBERS} == {
+            name: found[name] for name in NUMBERS
+        }  # fmt: skip
+    text = next(folder.glob("*_best_results.txt")).read_text()
+    assert "chosen by MAP@R of held-out classes; test images were evaluated once, at the" in text
+
+
+def test_folds_are_disjoint_by_class_and_cover_all():
+    images = ImageSet([(f"{c}/{i}.jpg", f"{c:02d}") for c in range(18) for i in range(2)])
+    args = train.build_parser().parse_args(["--val-classes", "0.25"])
+    seen = []
+    for args.fold in range(4):
+        sides = hold_out(args, images)
+        assert not set(sides["train"].classes) & set(sides["val"].classes)
+        assert sorted(sides["train"].paths + sides["val"].paths) == sorted(images.paths)
+        seen += sides["val"].classes
+    assert seen == images.classes
+
+
+def test_patience_ends_a_run_that_gets_no_better_and_resume_says_it_is_finished(cub, here, capsys):
+    flags = HELD + "--patience 2 --lr 0 --epochs 50 "
+    train.main(shlex.split(flags))
+    assert [result["epoch"] for result in metrics(run_folder(here))] == [0, 1, 2]
+    assert "_patience2_" in run_folder(here).name and "_val0.25_" in run_folder(here).name
+    train.main(shlex.split(flags + "--resume"))
+    assert "is finished: 3 of 50 epochs are done" in capsys.readouterr().out
+
+
+def test_a_run_with_held_out_classes_that_is_continued_ends_as_one_left_alone(cub, here):
+    train.main(shlex.split(HELD + "--LOG_DIR whole"))
+    train.main(shlex.split(HELD + "--epochs 1"))
+    train.main(shlex.split(HELD + "--resume"))
+    whole, continued = (results_in(next(here.glob(f"{logs}/*/*"))) for logs in ("whole", "logs"))
+    assert whole == continued
+
+
+def test_the_row_before_training_is_the_network_that_does_not_learn(cub, here):
+    train.main(shlex.split(TINY + "--lr 0 --weight-decay 0"))
+    results = results_in(run_folder(here))
+    assert results["start"]["metrics"] == results["last"]["metrics"]
+    assert results["start"]["epoch"] is None
+
+
+def test_a_training_that_made_things_worse_says_so():
+    history = [{"epoch": 0, "R@1": 30.0}, {"epoch": 1, "R@1": 20.0}]
+    worse = "The last epoch is below the network that training started from: R@1 20.00 after"
+    assert remarks_on(results_of(history, {"R@1": 25.0}))[-1].startswith(worse)
+    assert len(remarks_on(results_of(history, {"R@1": 15.0}))) == 1
+    assert len(remarks_on(results_of(history))) == 1
+
+
+def test_random_weights_that_are_held_still_are_warned_of(cub, capsys):
+    train.main(shlex.split(TINY + "--epochs 1"))
+    assert "use --warm 0 --bn-freeze 0" in capsys.readouterr().err
+    train.main(shlex.split(TINY + "--epochs 1 --warm 0 --bn-freeze 0"))
+    assert "--bn-freeze 0" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, line", [
+    ("--val-classes 1",                    "--val-classes: invalid share (above 0, below 1)"),
+    ("--val-classes 0.25 --fold 4",        "--fold 4: --val-classes 0.25 makes folds 0 to 3"),
+    ("--val-classes 0.1",                  "of 8 classes, 1 would be held out and 7 train"),
+    ("--patience 3",                       "--patience: needs --val-classes"),
+    ("--fold 1",                           "--fold: needs --val-classes"),
+    ("--val-classes 0.5 --train-on all",   "leaves no class for --val-classes"),
+])  # fmt: skip
+def test_a_bad_way_to_choose_ends_in_one_line(cub, here, capsys, flags, line):
+    assert line in fails(TINY + flags, capsys)
+    assert not (here / "logs").exists()
+
+
+def test_map_at_r_is_that_of_the_held_out_images(cub, here, monkeypatch):
+    seen = []
+    monkeypatch.setattr("retrieval.evaluate.precision_at_r",
+                        lambda x, y, *rest: seen.append(len(x)) or precision_at_r(x, y, *rest))
+    train.main(shlex.split(HELD + "--epochs 1"))
+    assert seen == [20, 20, 80, 80]  # before, after the epoch; the test images by last and chosen
