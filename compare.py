@@ -53,14 +53,17 @@ def read_runs(folders):
             try:
                 flags = json.loads((path / "args.json").read_text())["flags"]
                 history = list(map(json.loads, (path / "metrics.jsonl").read_text().splitlines()))
-                compared = compared_flags(flags | {"epochs": len(history)})
+                patience = flags.get("patience")  # which ends each seed at another epoch
+                compared = compared_flags(flags if patience else flags | {"epochs": len(history)})
                 key = compared["dataset"], json.dumps(compared, sort_keys=True)
                 file = path / "results.json"
                 results = json.loads(file.read_text()) if file.exists() else results_of(history)
                 rows = {title: metrics for title, _, metrics in rows_of(results)}
                 metric = next(iter(rows["last"]), None)
                 setting = settings.get(key) or Setting(compared, metric, {})
-                if len(history) < flags["epochs"] and not file.exists():
+                if not file.exists() and flags.get("val_classes"):
+                    left_out.append(f"{path}: its test images are not evaluated yet")
+                elif not file.exists() and len(history) < flags["epochs"]:
                     left_out.append(f"{path}: {len(history)} of {flags['epochs']} epochs")
                 elif not metric:
                     left_out.append(f"{path}: trained on all classes, not tested")
@@ -79,7 +82,9 @@ def compared_flags(flags):
     own = getattr(dataset.module_of(flags["dataset"]), "OWN", None)  # says which images
     names = flags.keys() - NOT_COMPARED | {own, "epochs"}
     weights = {} if flags["disent"] else {"al": 0.0, "be": 0.0, "gam": 0.0}
-    return {name: value for name, value in flags.items() if name in names} | weights
+    # None: not given, or of a run from before there was the flag
+    chosen = {name: value for name, value in flags.items() if name in names and value is not None}
+    return chosen | weights
 
 
 def is_shown(metric):
@@ -108,9 +113,11 @@ def table_of(settings, baseline):
             row = {"data set": title, "loss": flags["loss"]}
             row |= {flag_of(name): str(flags.get(name)) for name in differing}
             row["epochs"] = str(flags["epochs"])
-            for which, metrics in results[0].items():
-                for name in filter(is_shown, metrics):
-                    values = [each[which][name] for each in results if name in each.get(which, ())]
+            for which in ("start", "best", "last"):
+                rows_of_seeds = [each[which] for each in results if which in each]
+                names = dict.fromkeys(name for metrics in rows_of_seeds for name in metrics)
+                for name in filter(is_shown, names):
+                    values = [metrics[name] for metrics in rows_of_seeds if name in metrics]
                     row[f"{which} {name}"] = with_spread(values)
             if metric in paper and flags["disent"] and flags["loss"] == "Proxy_Anchor":
                 ours = mean(each["best"][metric] for each in results)

@@ -16,6 +16,7 @@ from retrieval.search import NEIGHBOURS, neighbours
 from runs.checkpoint import epoch_of
 from runs.finish import draw_curves
 from runs.folder import checkpoint_in
+from runs.results import results_of
 from runs.start import facts_of
 from storage import read_checkpoint, require_format, require_writable, write_atomically, write_json
 from utils import UserError, run, say, set_precision, warn
@@ -78,6 +79,15 @@ def images_of(flags):
     return f"{dataset.title(flags['dataset'])}{place}"
 
 
+def in_shape_of_results(path, checkpoint, scores):
+    """As in results.json: what is not a run's best checkpoint is a last one."""
+    row, history = {"epoch": epoch_of(checkpoint), "metrics": scores}, checkpoint.get("history")
+    if not (history and path.endswith("_best.pth")):
+        return {"chosen_by": None, "start": None, "chosen": None, "last": row}
+    chosen_by = results_of(history)["chosen_by"]
+    return {"chosen_by": chosen_by, "start": None, "chosen": row, "last": None}
+
+
 def write_outputs(args, checkpoint, images, about, scores, retrieved):
     """Write the files that flags name."""
     nearest = None  # at SOP's size, searching takes minutes
@@ -97,9 +107,7 @@ def write_outputs(args, checkpoint, images, about, scores, retrieved):
         write_json(Path(args.json).resolve(), {
             **scores, "dataset": args.dataset, "data_root": args.data_root, "split": "test",
             "checkpoint": args.checkpoint, "epoch": epoch_of(checkpoint),
-            # and the shape of a run's results.json
-            "chosen_by": None, "start": None, "last": None,
-            "chosen": {"epoch": epoch_of(checkpoint), "metrics": scores},
+            **in_shape_of_results(args.checkpoint, checkpoint, scores),
             **facts_of({"test": images}, retrieved.embeddings.device),
         })  # fmt: skip
 

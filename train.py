@@ -231,11 +231,14 @@ def main(argv=None):
     parser = build_parser()
     args, given = given_flags(parser, argv)
     set_quiet(args.quiet)
+    if args.val_classes:
+        args.fold = args.fold or 0
     device = init_processes(args.gpu_id)
     args, run_folder, checkpoint = open_run(parser, args, given)
     if run_folder.complete:
-        history = checkpoint["history"]
-        say(f"{run_folder.folder} is finished: {len(history)} of {args.epochs} epochs are done")
+        done = len(checkpoint["history"])
+        ended = f", --patience {args.patience} ended it" if done < args.epochs else ""
+        say(f"{run_folder.folder} is finished: {done} of {args.epochs} epochs are done{ended}")
         conclude(run_folder.stored_results(checkpoint), run_folder)
         return
     settle_loss(args)

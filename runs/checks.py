@@ -51,14 +51,14 @@ def check_batches(args, images, name):
 
 def hold_out(args, images):
     """{"train", "val"} of the training images, by --val-classes and --fold."""
-    fold = args.fold or 0
+    count, share = len(images.classes), args.val_classes
+    held = round(share * count)
+    if not 2 <= held <= count - 2:
+        raise UserError(f"--val-classes {share}: of {count} classes, {held} would be held out and "
+                        f"{count - held} train; both take at least two")  # fmt: skip
     try:
-        train, val = images.hold_out(args.val_classes, fold)
+        train, val = images.hold_out(share, args.fold)
     except ValueError:
-        raise UserError(f"--fold {fold}: --val-classes {args.val_classes} makes folds 0 to "
-                        f"{int(1 / args.val_classes + 1e-9) - 1}") from None  # fmt: skip
-    if min(len(train.classes), len(val.classes)) < 2:
-        raise UserError(f"--val-classes {args.val_classes}: of {len(images.classes)} classes, "
-                        f"{len(val.classes)} would be held out and {len(train.classes)} train; "
-                        "both take at least two")  # fmt: skip
+        raise UserError(f"--fold {args.fold}: --val-classes {share} makes folds 0 to "
+                        f"{int(1 / share + 1e-9) - 1}") from None  # fmt: skip
     return {"train": train, "val": val}

@@ -141,8 +141,8 @@ def remarks_on(results):
         return ["Trained on all classes: none is left to test."]
     lines = ["The best epoch is chosen on the test images, the last one is not."]
     if HELD_OUT in "".join(results["last"]["metrics"]):
-        lines = [f"The best epoch is chosen by {results['chosen_by']}; test images were evaluated "
-                 "once, at the end."]  # fmt: skip
+        lines = [f"The best epoch is chosen by {results['chosen_by']}; test images had no part in "
+                 "that."]  # fmt: skip
     start, last = (results[name] and results[name]["metrics"] for name in ("start", "last"))
     metric = main_metric(last)
     if start and last[metric] < start[metric]:

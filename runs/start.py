@@ -96,6 +96,9 @@ def continued_run(parser, args, given, path):
         say(f"continuing from {source}, the newest of the run of {path}")
     require_parts(checkpoint, source)
     args = flags_to_continue_with(parser, given, checkpoint["args"], source)
+    if checkpoint["partial"] and len(checkpoint["history"]) >= args.epochs:
+        raise UserError(f"--epochs {args.epochs}: the run of {source} has begun the next one; "
+                        "continue it with more")  # fmt: skip
     args.resume = str(source)
     drawn = run_folder.curves.exists()  # the last file of a run
     run_folder.complete = drawn and is_finished(checkpoint["history"], args)

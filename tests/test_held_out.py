@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 
+import compare
 import evaluate
 import train
 from dataset.images import ImageSet
@@ -59,7 +60,7 @@ def test_held_out_classes_choose_the_epoch_and_test_images_are_needed_at_the_end
             name: found[name] for name in NUMBERS
         }  # fmt: skip
     text = next(folder.glob("*_best_results.txt")).read_text()
-    assert "chosen by MAP@R of held-out classes; test images were evaluated once, at the" in text
+    assert "chosen by MAP@R of held-out classes; test images had no part in that" in text
 
 
 def test_folds_are_disjoint_by_class_and_cover_all():
@@ -80,7 +81,22 @@ def test_patience_ends_a_run_that_gets_no_better_and_resume_says_it_is_finished(
     assert [result["epoch"] for result in metrics(run_folder(here))] == [0, 1, 2]
     assert "_patience2_" in run_folder(here).name and "_val0.25_" in run_folder(here).name
     train.main(shlex.split(flags + "--resume"))
-    assert "is finished: 3 of 50 epochs are done" in capsys.readouterr().out
+    assert "is finished: 3 of 50 epochs are done, --patience 2 ended" in capsys.readouterr().out
+
+
+def test_a_run_killed_before_its_test_is_left_out_by_compare(cub, capsys, monkeypatch):
+    train.main(shlex.split(HELD + "--seed 2"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "test_once", None)
+        with pytest.raises(TypeError):
+            train.main(shlex.split(HELD))
+    capsys.readouterr()
+    compare.main(["logs"])
+    out = capsys.readouterr().out
+    assert "test images are not evaluated yet" in out and "last R@1" in out
+    train.main(shlex.split(HELD + "--resume"))
+    compare.main(["logs"])
+    assert "(2)" in capsys.readouterr().out
 
 
 def test_a_run_with_held_out_classes_that_is_continued_ends_as_one_left_alone(cub, here):
@@ -117,6 +133,7 @@ def test_random_weights_that_are_held_still_are_warned_of(cub, capsys):
     ("--val-classes 1",                    "--val-classes: invalid share (above 0, below 1)"),
     ("--val-classes 0.25 --fold 4",        "--fold 4: --val-classes 0.25 makes folds 0 to 3"),
     ("--val-classes 0.1",                  "of 8 classes, 1 would be held out and 7 train"),
+    ("--val-classes 0.001",                "of 8 classes, 0 would be held out and 8 train"),
     ("--patience 3",                       "--patience: needs --val-classes"),
     ("--fold 1",                           "--fold: needs --val-classes"),
     ("--val-classes 0.5 --train-on all",   "leaves no class for --val-classes"),
