@@ -10,7 +10,7 @@ import torch
 import dataset
 from dataset.files import UnreadableImage
 from dataset.images import digest_of_names
-from distributed import from_rank_0, init_processes, rank, rank_0_first, world_size
+from distributed import init_processes, rank, rank_0_first, world_size
 from flags import (
     SWITCH,
     Parser,
@@ -31,13 +31,12 @@ from recipe import OPTIMIZERS, build_training, loss_noise, prepare_epoch, settle
 from retrieval.evaluate import describe, evaluate
 from runs.checkpoint import restore, save
 from runs.checks import check_batches, check_flags, hold_out
-from runs.finish import finish
+from runs.finish import finish, test_once
 from runs.report import announce, conclude, say_epoch, say_start
 from runs.results import Epoch, in_percent, is_finished, result_of
 from runs.safety import after_step, early_end
 from runs.start import open_run, record
 from runs.tracking import address_of, log_epoch, memory_of
-from storage import read_checkpoint
 from utils import (
     STEP,
     Interrupted,
@@ -159,23 +158,6 @@ def evaluate_start(training, evaluate_test):
         prepare_epoch(training.model, 0, args.warm, args.bn_freeze)  # else --compile compiles twice
         training.start = in_percent(evaluate_test(), args)
         say_start(training.start)
-
-
-def test_once(training, images, run_folder):
-    """The end of a run with --val-classes: the test images by the last and by the chosen network.
-    Returns (what the chosen one retrieves, {"chosen", "last": {metric: per cent}})."""
-    args, model = training.args, training.model
-    images["test"] = dataset.load(args.dataset, args.data_root, "test")
-    say(describe(f"{dataset.title(args.dataset)} test", images["test"]))
-    loading = Loading(args.image_size, args.workers, training.device, model.interpolation)
-    loader = test_loader(images["test"], args.batch_size, loading)
-    ks, tested = dataset.ks(args.dataset, args.ks), {}
-    for name, path in (("last", run_folder.last), ("chosen", run_folder.best)):
-        checkpoint = from_rank_0(partial(read_checkpoint, path))
-        model.load_state_dict(checkpoint["model_state_dict"])
-        retrieved = evaluate(model, loader, ks, images["test"].queries, at_r=True)
-        tested[name] = {metric: 100 * score for metric, score in retrieved.scores.items()}
-    return retrieved, tested
 
 
 def run_epoch(training, loader, evaluate_test, run_folder, stop):

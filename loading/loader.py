@@ -1,6 +1,8 @@
 """Loading in worker processes: batches for training and evaluation, and any work on many files."""
 
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -50,9 +52,18 @@ def collate(items, combine=default_collate):
 
 
 def leave_signals_to_parent(worker):
-    """A terminal's Ctrl-C goes to its whole session, and the parent needs its workers to finish its
-    step. They end with the parent."""
+    """The parent needs its workers to finish its step and save. A terminal's Ctrl-C goes to its
+    whole session, and a cluster's SIGTERM to every process."""
     os.setsid()
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_when_the_parent_says, daemon=True).start()
+
+
+def end_when_the_parent_says():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def make_loader(function, workers, device, collate=collate, **batching):

@@ -1,16 +1,38 @@
 """What a finished run leaves: results.json, a page and its curves."""
 
 import io
+from functools import partial
 
-from distributed import rank
-from retrieval.evaluate import describe
+import dataset
+from distributed import from_rank_0, rank
+from loading.loader import Loading, test_loader
+from retrieval.evaluate import describe, evaluate
 from retrieval.page import results_page
 from retrieval.picture import draw_neighbours
 from retrieval.search import NEIGHBOURS, neighbours
 from runs.results import TERMS, results_of, rows_of, scores_of, summary
 from runs.start import facts_of
 from runs.tracking import log_picture, log_results
-from storage import write_atomically, write_json
+from storage import read_checkpoint, write_atomically, write_json
+from utils import say
+
+
+def test_once(training, images, run_folder):
+    """The end of a run with --val-classes: the test images by the last and by the chosen network.
+    Returns (what the chosen one retrieves, {"chosen", "last": {metric: per cent}})."""
+    args, model = training.args, training.model
+    images["test"] = dataset.load(args.dataset, args.data_root, "test")
+    say(describe(f"{dataset.title(args.dataset)} test", images["test"]))
+    loading = Loading(args.image_size, args.workers, training.device, model.interpolation)
+    loader = test_loader(images["test"], args.batch_size, loading)
+    ks, tested = dataset.ks(args.dataset, args.ks), {}
+    for name, path in (("last", run_folder.last), ("chosen", run_folder.best)):
+        checkpoint = from_rank_0(partial(read_checkpoint, path))
+        model.load_state_dict(checkpoint["model_state_dict"])
+        retrieved = evaluate(model, loader, ks, images["test"].queries, at_r=True)
+        tested[name] = {metric: 100 * score for metric, score in retrieved.scores.items()}
+    return retrieved, tested
+
 
 
 def finish(run_folder, training, images, retrieved, tested, wandb_run):

@@ -185,6 +185,11 @@ def test_a_signal_saves_at_a_step_and_the_run_continues_to_the_same_bits(here, n
     flags = "--workers 2 --bn-freeze 0 "
     process = forked.start(forked.train_py, TINY + flags + "--epochs 1000000")
     wait_for(lambda: list(here.glob("logs/*/*/*_best.pth")), process)  # workers are all there
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 4  # of the loaders of training and of the test images
+    if number == signal.SIGTERM:  # as a cluster does, to every process
+        for child in children:
+            os.kill(int(child), number)
     os.killpg(process.pid, number)  # as a terminal does
     process.join(60)
     errors = (here / "err").read_text()
