@@ -337,9 +337,14 @@ def test_a_second_signal_ends_at_once_but_one_passed_on_is_none(here, pause, sav
 
 def test_a_run_continued_by_other_means_says_that_its_bits_may_differ(here, run, capsys):
     path = run_folder(here) / "args.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"threads": 99}))
+    described = json.loads(path.read_text())
+    assert described["uncommitted_changes"] in (True, False)
+    others = {"threads": 99, "commit": "abc", "uncommitted_changes": "perhaps"}
+    path.write_text(json.dumps(described | others))
     train.main(shlex.split(TINY + "--resume"))
-    assert "started with threads 99 and continues with 1" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "started with threads 99 and continues with 1" in said
+    assert "started with commit abc and" in said and "uncommitted_changes perhaps and" in said
 
 
 def test_a_second_process_on_the_same_run_folder_is_refused(here, capsys, monkeypatch):
