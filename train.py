@@ -133,34 +133,34 @@ def load_images(args):
 
 
 def build_loading(training, images):
-    """The loader of training, and what evaluates the images of another split, None without any."""
+    """The loader of training, and what evaluates the unseen classes: held-out ones, else those of
+    the test; None without any."""
     args, model = training.args, training.model
-    train, test = images["train"], images.get("val", images.get("test"))
+    train, unseen = images["train"], images.get("val", images.get("test"))
     loading = Loading(args.image_size, args.workers, training.device, model.interpolation)
     if args.cache == "ram":
         paths = [path for each in images.values() for path in each.paths]
         loading = loading._replace(read=read_from_memory(paths, args.workers))
     loader = train_loader(train, args.batch_size, args.seed, loading, args.IPC)
-    tested = test and test_loader(test, args.batch_size, loading)
+    eval_loader = unseen and test_loader(unseen, args.batch_size, loading)
     if args.cache == "gpu":
-        loader, tested = keep_on_device(train, loader, tested, loading)
-    ks = dataset.ks(args.dataset, args.ks)
-    at_r = args.metrics or bool(args.val_classes)
-    if not test:
+        loader, eval_loader = keep_on_device(train, loader, eval_loader, loading)
+    if not unseen:
         return loader, None
-    return loader, partial(evaluate, model, tested, ks, test.queries, at_r)
+    ks, at_r = dataset.ks(args.dataset, args.ks), args.metrics or bool(args.val_classes)
+    return loader, partial(evaluate, model, eval_loader, ks, unseen.queries, at_r)
 
 
-def evaluate_start(training, evaluate_test):
+def evaluate_start(training, evaluate_unseen):
     """What the network retrieves before the first step; into training.start."""
     args = training.args
-    if evaluate_test and not (training.start or training.history or training.epoch.step):
+    if evaluate_unseen and not (training.start or training.history or training.epoch.step):
         prepare_epoch(training.model, 0, args.warm, args.bn_freeze)  # else --compile compiles twice
-        training.start = in_percent(evaluate_test(), args)
+        training.start = in_percent(evaluate_unseen(), args)
         say_start(training.start)
 
 
-def run_epoch(training, loader, evaluate_test, run_folder, stop):
+def run_epoch(training, loader, evaluate_unseen, run_folder, stop):
     """Train what is left of the epoch, save, evaluate, save. Returns what was retrieved."""
     args, model, epoch = training.args, training.model, training.epoch
     prepare_epoch(model, epoch.number, args.warm, args.bn_freeze)
@@ -182,10 +182,10 @@ def run_epoch(training, loader, evaluate_test, run_folder, stop):
         epoch.fetch()
         epoch.tick("step")  # on a GPU the steps that are queued end with the fetch
         retrieved = None
-        if evaluate_test:
+        if evaluate_unseen:
             save(training, run_folder)  # evaluating takes long enough to be interrupted
             # one rank would stop at another batch than the others
-            retrieved = evaluate_test(watch=stop.between if world_size() == 1 else iter)
+            retrieved = evaluate_unseen(watch=stop.between if world_size() == 1 else iter)
     except (Interrupted, UnreadableImage, torch.OutOfMemoryError) as error:
         raise early_end(error, training, run_folder) from None
     epoch.tick("eval")
@@ -239,22 +239,22 @@ def main(argv=None):
     if checkpoint:
         restore(training, checkpoint, args.resume)
         partial_epoch = checkpoint["partial"] or {}
-    loader, evaluate_test = build_loading(training, images)
+    loader, evaluate_unseen = build_loading(training, images)
     files, retrieved, tested = loader.batch_sampler.files, None, None
     training.epoch = Epoch(len(training.history), files, **partial_epoch)
     with record(run_folder, training, images, argv, checkpoint) as wandb_run:
         announce(training, len(loader), run_folder)
-        evaluate_start(training, evaluate_test)
+        evaluate_start(training, evaluate_unseen)
         with Stop() as stop, run_folder:  # in here are all saves
             while not is_finished(training.history, args):
-                retrieved = run_epoch(training, loader, evaluate_test, run_folder, stop)
+                retrieved = run_epoch(training, loader, evaluate_unseen, run_folder, stop)
                 say_epoch(training.history[-1], args.epochs)
                 log_epoch(wandb_run, training.history, **memory_of(device))
                 training.epoch = Epoch(len(training.history), files)
         if args.val_classes:
             retrieved, tested = test_once(training, images, run_folder)
-        elif evaluate_test and not retrieved:  # all was trained before; what is left is to draw
-            retrieved = evaluate_test()
+        elif evaluate_unseen and not retrieved:  # all was trained before; what is left is to draw
+            retrieved = evaluate_unseen()
         results = finish(run_folder, training, images, retrieved, tested, wandb_run)
     conclude(results, run_folder, address_of(wandb_run))
 

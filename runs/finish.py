@@ -34,7 +34,6 @@ def test_once(training, images, run_folder):
     return retrieved, tested
 
 
-
 def finish(run_folder, training, images, retrieved, tested, wandb_run):
     """Write the results and draw. retrieved: what the page shows of the test images, None without
     any; tested: as in results_of. Returns the results, on rank 0."""
