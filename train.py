@@ -221,7 +221,7 @@ def main(argv=None):
         done = len(checkpoint["history"])
         ended = f", --patience {args.patience} ended it" if done < args.epochs else ""
         say(f"{run_folder.folder} is finished: {done} of {args.epochs} epochs are done{ended}")
-        conclude(run_folder.stored_results(checkpoint), run_folder)
+        conclude(run_folder.stored_results(), run_folder)
         return
     settle_loss(args)
     check_flags(args)
@@ -242,7 +242,7 @@ def main(argv=None):
     loader, evaluate_unseen = build_loading(training, images)
     files, retrieved, tested = loader.batch_sampler.files, None, None
     training.epoch = Epoch(len(training.history), files, **partial_epoch)
-    with record(run_folder, training, images, argv, checkpoint) as wandb_run:
+    with record(parser, run_folder, training, images, argv, checkpoint) as wandb_run:
         announce(training, len(loader), run_folder)
         evaluate_start(training, evaluate_unseen)
         with Stop() as stop, run_folder:  # in here are all saves

@@ -27,19 +27,26 @@ class ImageSet(Dataset):
         image = read_image(self.paths[index])
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
+    def items(self):
+        """[(path, class name)]"""
+        return list(zip(self.paths, (self.classes[label] for label in self.labels.tolist())))
+
+    def joined(self, other):
+        """Both sides of hold_out as one, sorted: the same for every fold."""
+        return ImageSet(sorted(self.items() + other.items()))
+
     def hold_out(self, fraction, fold):
         """(rest, held): two ImageSets of whole classes. Folds are contiguous, each `fraction` of
         the sorted classes; `held` has the `fold`-th, from 0. ValueError if there is none."""
-        count, labels = len(self.classes), self.labels.tolist()
+        count, labels, items = len(self.classes), self.labels.tolist(), self.items()
         start, stop = (round(i * fraction * count) for i in (fold, fold + 1))
         if not 0 <= start < stop <= count:
             raise ValueError(f"hold_out({fraction}, {fold}): no such fold of {count} classes")
 
         def side(is_held):
             chosen = [i for i, label in enumerate(labels) if (start <= label < stop) == is_held]
-            items = [(self.paths[i], self.classes[labels[i]]) for i in chosen]
             queries = self.queries and sum(i < self.queries for i in chosen)
-            return ImageSet(items, self.transform, queries)
+            return ImageSet([items[i] for i in chosen], self.transform, queries)
 
         return side(False), side(True)
 
@@ -48,7 +55,7 @@ def digest_of_names(sets):
     """A digest of all images' folders, names and classes; the data root does not matter."""
     digest = hashlib.sha256()
     for images in sets:
-        for path, label in zip(images.paths, images.labels.tolist()):
-            name = f"{'/'.join(path.split('/')[-2:])} {images.classes[label]}\n"
+        for path, class_name in images.items():
+            name = f"{'/'.join(path.split('/')[-2:])} {class_name}\n"
             digest.update(name.encode(errors="replace"))
     return digest.hexdigest()

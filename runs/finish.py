@@ -12,7 +12,7 @@ from retrieval.picture import draw_neighbours
 from retrieval.search import NEIGHBOURS, neighbours
 from runs.results import TERMS, results_of, rows_of, scores_of, summary
 from runs.start import facts_of
-from runs.tracking import log_picture, log_results
+from runs.tracking import log_picture, summarise
 from storage import read_checkpoint, write_atomically, write_json
 from utils import say
 
@@ -41,14 +41,15 @@ def finish(run_folder, training, images, retrieved, tested, wandb_run):
         return None
     facts = facts_of(images, training.device)
     results = results_of(training.history, training.start, tested, **facts)
-    log_results(wandb_run, results)
+    summarise(wandb_run, results)
     write_atomically(run_folder.results, summary(results).encode())
     write_json(run_folder.summary, results)
     curves = draw_curves(training.history)
     if test := images.get("test"):
         network = "chosen" if tested else "last epoch's"
         titles = {"start": "before training", "last": "last epoch, {}",
-                  "best": f"best epoch, {{}}, chosen by {results['chosen_by']}"}  # fmt: skip
+                  "best": f"best epoch, {{}}, chosen by {results['chosen_by']}",
+                  "chosen": f"chosen epoch, {{}}, the best by {results['chosen_by']}"}  # fmt: skip
         head = {
             "title": run_folder.folder.name, "curves": curves,
             "metrics": [(titles[row].format(epoch), metrics)

@@ -91,11 +91,9 @@ class RunFolder:
         lines = "".join(json.dumps(result) + "\n" for result in history)
         write_atomically(self.metrics, lines.encode())
 
-    def stored_results(self, checkpoint):
-        """results.json, or of a run from before it, the same of its history."""
-        if self.summary.exists():
-            return json.loads(self.summary.read_text())
-        return results_of(checkpoint["history"])
+    def stored_results(self):
+        """What results.json holds."""
+        return json.loads(self.summary.read_text())
 
     def save(self, checkpoint):
         """Write a checkpoint in a thread, once the one before is written. An error is raised by the

@@ -1,5 +1,7 @@
 """The names of run folders and checkpoints: the published ones, and any flags that differ."""
 
+import re
+from hashlib import sha256
 from pathlib import Path
 
 import dataset
@@ -10,9 +12,10 @@ from runs.checkpoint import FREE_ON_RESUME
 # Flags whose values are in the published names.
 NAMED = {"dataset", "model", "loss", "embedding_size", "disent", "al", "be", "gam", "optimizer",
          "lr", "batch_size", "seed", "remark"}  # fmt: skip
-SHORT = {"data_root": "", "image_size": "size", "lr_decay_step": "decay", "lr_decay_gamma": "gamma",
-         "weight_decay": "wd", "proxy_lr_factor": "proxylr", "train_on": "on",
-         "val_classes": "val"}  # fmt: skip
+SHORT = {"data_root": "", "model": "", "optimizer": "", "image_size": "size",
+         "batch_size": "batch", "embedding_size": "embedding", "lr_decay_step": "decay",
+         "lr_decay_gamma": "gamma", "weight_decay": "wd", "proxy_lr_factor": "proxylr",
+         "train_on": "on", "val_classes": "val"}  # fmt: skip
 
 
 def settings(args, parser):
@@ -42,13 +45,31 @@ def run_folder_path(args, parser):
     ]  # fmt: skip
     if args.disent and not al + be + gam:
         parts.append("disent")
-    for name in sorted(chosen.keys() - NAMED):
-        if chosen[name] != usual[name]:
-            parts.append(SHORT.get(name, name.replace("_", "")) + text_of(chosen[name]))
+    parts += unusual(chosen, usual, chosen.keys() - NAMED)
     if args.seed != 1:
         parts.append(f"seed{args.seed}")
     folder = f"logs_{dataset.title(args.dataset)}"
     return Path(args.LOG_DIR, folder, "_".join(parts) + args.remark)
+
+
+def unusual(chosen, usual, names):
+    """[`size96`] of the flags among `names` that do not have their usual value."""
+    return [SHORT.get(name, name.replace("_", "")) + text_of(chosen[name])
+            for name in sorted(names) if chosen[name] != usual[name]]  # fmt: skip
+
+
+def setting_name(args, parser):
+    """The run's group in wandb: method, DDML's weights and what is unusual, without seed and fold;
+    at most 100 characters, of 128 that wandb takes."""
+    chosen, usual = settings(args, parser)
+    parts = [re.sub(r"[/\\#?%:]", "_", dataset.title(args.dataset))]
+    parts += ["ddml"] if args.disent else []
+    parts += [args.loss] if args.loss != "Proxy_Anchor" or not args.disent else []
+    if args.disent:
+        parts += [f"{name}{chosen[name]:g}" for name in ("al", "be", "gam")]
+    other = {"dataset", "loss", "disent", "al", "be", "gam", "seed", "fold", "remark"}
+    name = "-".join(parts + unusual(chosen, usual, chosen.keys() - other))
+    return name if len(name) <= 100 else f"{name[:91]}-{sha256(name.encode()).hexdigest()[:8]}"
 
 
 def text_of(value):

@@ -129,8 +129,10 @@ def results_of(history, start=None, tested=None, **facts):
 
 
 def rows_of(results):
-    """[(title, epoch or None, {metric: per cent})]: before training, the best epoch, the last."""
-    titles = {"start": "start", "chosen": "best", "last": "last"}
+    """[(title, epoch or None, {metric: per cent})]: before training, the chosen epoch, the last.
+    What the test images have chosen is titled "best"."""
+    held_out = HELD_OUT in "".join(results["last"]["metrics"])
+    titles = {"start": "start", "chosen": "chosen" if held_out else "best", "last": "last"}
     return [(title, results[name]["epoch"], results[name]["metrics"])
             for name, title in titles.items() if results[name] and results[name]["metrics"]]
 
@@ -141,8 +143,8 @@ def remarks_on(results):
         return ["Trained on all classes: none is left to test."]
     lines = ["The best epoch is chosen on the test images, the last one is not."]
     if HELD_OUT in "".join(results["last"]["metrics"]):
-        lines = [f"The best epoch is chosen by {results['chosen_by']}; test images had no part in "
-                 "that."]  # fmt: skip
+        lines = [f"The chosen epoch is the best by {results['chosen_by']}; test images had no part "
+                 "in that."]  # fmt: skip
     start, last = (results[name] and results[name]["metrics"] for name in ("start", "last"))
     metric = main_metric(last)
     if start and last[metric] < start[metric]:
@@ -156,7 +158,7 @@ def summary(results):
     if not results["chosen_by"]:
         return f"Last Epoch: {results['last']['epoch']}\n{remarks_on(results)[0]}\n"
     lines = []
-    for title, epoch, metrics in sorted(rows_of(results)):  # Best first, as published
+    for title, epoch, metrics in sorted(rows_of(results)):  # best first, as published
         if epoch is not None:
             lines.append(f"{title.capitalize()} Epoch: {epoch}")
         for key, value in metrics.items():

@@ -18,7 +18,7 @@ from distributed import from_rank_0, job, rank, restarts, world_size
 from flags import VERSION
 from runs.checkpoint import bytes_needed, flags_to_continue_with, require_parts
 from runs.folder import NoFolder, RunFolder
-from runs.naming import differences, file_prefix, run_folder_path
+from runs.naming import differences, file_prefix, run_folder_path, setting_name
 from runs.results import is_finished
 from runs.tracking import track, wandb_mode
 from sharded import map_proxies
@@ -100,13 +100,14 @@ def continued_run(parser, args, given, path):
         raise UserError(f"--epochs {args.epochs}: the run of {source} has begun the next one; "
                         "continue it with more")  # fmt: skip
     args.resume = str(source)
-    drawn = run_folder.curves.exists()  # the last file of a run
+    # the last file of a run; runs from before it have no results.json
+    drawn = run_folder.curves.exists() and run_folder.summary.exists()
     run_folder.complete = drawn and is_finished(checkpoint["history"], args)
     return args, run_folder, checkpoint
 
 
 @contextlib.contextmanager
-def record(run_folder, training, images, argv, checkpoint):
+def record(parser, run_folder, training, images, argv, checkpoint):
     """In a `with`: the run folder and the wandb run are written. Gives the wandb run; None without
     wandb and on ranks above 0."""
     if rank():
@@ -123,7 +124,9 @@ def record(run_folder, training, images, argv, checkpoint):
     counts = {split: {"images": len(each), "classes": len(each.classes)}
               for split, each in images.items()}  # fmt: skip
     config = {**vars(args), **process, "data": counts}
-    with track(args, mode, run_folder.folder, run_id, config, training.history) as wandb_run:
+    setting = setting_name(args, parser)
+    folder, history = run_folder.folder, training.history
+    with track(args, mode, setting, folder, run_id, config, history) as wandb_run:
         description["wandb_id"] = wandb_run.id if wandb_run else run_id
         run_folder.start(description, training, new=checkpoint is None)
         yield wandb_run
@@ -158,6 +161,8 @@ def describe_process(argv, device):
 def facts_of(images, device):
     """What numbers are of: the images of each split, the code, the device."""
     process = describe_process([], device)
+    if "val" in images:  # the same for all folds
+        images = {**images, "train + val": images["train"].joined(images["val"])}
     counts = {split: {"images": len(each), "classes": len(each.classes),
                       "digest": digest_of_names([each])} for split, each in images.items()}
     names = ("commit", "uncommitted_changes", "device")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import dataset
-from runs.results import best_of, main_metric, rows_of, scores_of
+from runs.results import results_of, rows_of, scores_of
 from utils import Interrupted, UserError, warn
 
 WANDB_MODES = ("online", "offline", "disabled", "run", "dryrun")
@@ -51,14 +51,14 @@ def has_wandb_account():
 
 
 @contextlib.contextmanager
-def track(args, mode, folder, run_id, config, history):
-    """In a `with`: the wandb run `run_id`, or a new one; None if mode is `disabled`. Epochs of
-    `history` that it lacks are logged. wandb shows an exception as failed, a signal as preempted.
-    """
+def track(args, mode, setting, folder, run_id, config, history):
+    """In a `with`: the wandb run `run_id`, or a new one; None if mode is `disabled`. `setting`: its
+    group. Epochs of `history` that it lacks are logged. wandb shows an exception as failed, a
+    signal as preempted."""
     if mode == "disabled":
         yield None
         return
-    run = start_wandb(args, mode, folder, run_id, config)
+    run = start_wandb(args, mode, setting, folder, run_id, config)
     run.define_metric("epoch")
     run.define_metric("*", step_metric="epoch")
     for done in range(run.starting_step, len(history)):  # from 0 in an offline run's new file
@@ -73,17 +73,16 @@ def track(args, mode, folder, run_id, config, history):
     run.finish()
 
 
-def start_wandb(args, mode, folder, run_id, config):
+def start_wandb(args, mode, setting, folder, run_id, config):
     import wandb
 
     title = re.sub(r"[/\\#?%:]", "_", dataset.title(args.dataset))[:90]  # what wandb forbids
-    method = f"ddml-{args.loss}" if args.disent else args.loss
-    group = f"{title}-{'ddml' if method == 'ddml-Proxy_Anchor' else method}"
+    fold = f"-f{args.fold}" if args.val_classes else ""
     start = partial(
         wandb.init, id=run_id, resume="allow" if run_id else None, dir=str(folder), config=config,
-        name=os.environ.get("WANDB_NAME") or f"{group}-s{args.seed}{args.remark}",
+        name=os.environ.get("WANDB_NAME") or f"{setting}{fold}-s{args.seed}{args.remark}",
         project=os.environ.get("WANDB_PROJECT") or f"{title}_DDML+PA",
-        group=os.environ.get("WANDB_RUN_GROUP") or group,
+        group=os.environ.get("WANDB_RUN_GROUP") or setting,
         tags=[args.loss, "DDML" if args.disent else "plain", args.model],
         settings=wandb.Settings(init_timeout=30, silent=True),
     )  # fmt: skip
@@ -98,22 +97,19 @@ def start_wandb(args, mode, folder, run_id, config):
 
 
 def log_epoch(run, history, **more):
-    """Log the newest epoch, with recalls as fractions like the published script's, and the best.
+    """Log the newest epoch, with recalls as fractions like the published script's, and summarise.
     `run` is None without wandb."""
     if run is None:
         return
-    result, best = history[-1], best_of(history, main_metric(history[-1]))
+    result = history[-1]
     numbers = {name: value for name, value in result.items() if value is not None}
     fractions = {name: percent / 100 for name, percent in scores_of(result).items()}
     run.log({**numbers, **fractions, **more}, step=result["epoch"])
-    for which, chosen in (("last", result), ("best", best)):
-        run.summary[f"{which}/epoch"] = chosen["epoch"]
-        for name, percent in scores_of(chosen).items():
-            run.summary[f"{which}/{name}"] = percent / 100
+    summarise(run, results_of(history))
 
 
-def log_results(run, results):
-    """The end's summary: before training, the chosen and the last epoch, as fractions."""
+def summarise(run, results):
+    """wandb's summary: before training, the chosen or best epoch and the last, as fractions."""
     for which, epoch, metrics in rows_of(results) if run else ():
         run.summary[f"{which}/epoch"] = epoch
         for name, percent in metrics.items():

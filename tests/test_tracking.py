@@ -13,6 +13,7 @@ from PIL import Image
 import train
 from retrieval.picture import draw_neighbours
 from runs import finish, tracking
+from runs.naming import setting_name
 from tests import forked
 from tests.conftest import ROOT, TINY, fails, make_cub, metrics, run_folder
 from utils import Interrupted
@@ -68,8 +69,9 @@ def test_an_offline_wandb_run_holds_what_people_look_at(here, capfd, monkeypatch
     folder = run_folder(here)
     records = newest_offline_run(folder)
     run = the_run(records)
-    assert run.project == "cub_DDML+PA" and run.display_name == "cub-ddml-s1"
-    assert run.run_group == "cub-ddml" and set(run.tags) == {"Proxy_Anchor", "DDML", "toy"}
+    group = "cub-ddml-al1-be0.1-gam1e-05-batch8-embedding8-size32-toy-weightsnone"
+    assert run.project == "cub_DDML+PA" and run.display_name == f"{group}-s1"
+    assert run.run_group == group and set(run.tags) == {"Proxy_Anchor", "DDML", "toy"}
     config = values(run.config.update)
     described = json.loads((folder / "args.json").read_text())
     assert config.items() >= described["flags"].items()
@@ -93,13 +95,18 @@ def test_an_offline_wandb_run_holds_what_people_look_at(here, capfd, monkeypatch
     out, err = capfd.readouterr()
     assert out.endswith(f"\n  wandb: wandb sync {offline.relative_to(here)}\n")
     assert (out + err).count("wandb") == 4  # "wandb: wandb sync .../wandb/...": none of its own
+    summary = summary_of(records)
+    best = max(metrics(folder), key=lambda record: record["R@1"])
+    assert summary["best/epoch"] == best["epoch"] and summary["last/epoch"] == 1
+    assert summary["best/R@1"] == pytest.approx(best["R@1"] / 100)
+
+
+def summary_of(records):
     summary = {}
     for record in records:
         if record.WhichOneof("record_type") == "summary":
             summary |= values(record.summary.update)
-    best = max(metrics(folder), key=lambda record: record["R@1"])
-    assert summary["best/epoch"] == best["epoch"] and summary["last/epoch"] == 1
-    assert summary["best/R@1"] == pytest.approx(best["R@1"] / 100)
+    return summary
 
 
 def test_a_plain_run_is_not_called_ddml_and_the_environment_names_it(here, monkeypatch):
@@ -107,7 +114,8 @@ def test_a_plain_run_is_not_called_ddml_and_the_environment_names_it(here, monke
     command = TINY.replace("--wandb disabled", "--wandb offline") + "--epochs 1 --disent False "
     train.main(shlex.split(command + "--seed 2"))
     run = the_run(newest_offline_run(run_folder(here)))
-    assert (run.display_name, run.run_group) == ("cub-Proxy_Anchor-s2", "cub-Proxy_Anchor")
+    group = "cub-Proxy_Anchor-batch8-embedding8-size32-toy-weightsnone"
+    assert (run.display_name, run.run_group) == (f"{group}-s2", group)
     assert set(run.tags) == {"Proxy_Anchor", "plain", "toy"}
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.setenv("WANDB_NAME", "first")
@@ -152,6 +160,27 @@ def test_the_sweep_gives_flags_of_train_py():
              for name, p in sweep["parameters"].items()]  # fmt: skip
     args = train.build_parser().parse_args(flags)
     assert (args.dataset, args.disent, args.al) == ("cub", True, 0.1)
+
+
+def test_the_summary_of_a_held_out_run_has_what_the_sweep_maximises_and_the_test_result(here):
+    make_cub(here / "data", classes=16)
+    command = TINY.replace("--wandb disabled", "--wandb offline") + "--epochs 1 --val-classes 0.25"
+    train.main(shlex.split(command))
+    records, (folder,) = newest_offline_run(run_folder(here)), here.glob("logs/*/*")
+    run, summary = the_run(records), summary_of(records)
+    results = json.loads((folder / "results.json").read_text())
+    for name in ("start", "chosen", "last"):
+        for metric, percent in results[name]["metrics"].items():
+            assert summary[f"{name}/{metric}"] == pytest.approx(percent / 100)
+    assert "chosen/R@1" in summary and run.display_name == f"{run.run_group}-f0-s1"
+    assert yaml.safe_load((ROOT / "sweep.yaml").read_text())["metric"]["name"] in summary
+
+
+def test_a_long_setting_keeps_a_name_of_its_own():
+    parser = train.build_parser()
+    names = [setting_name(parser.parse_args([f"--dataset={'x' * 120}.csv", f"--lr={lr}"]), parser)
+             for lr in (1, 2)]  # fmt: skip
+    assert len(set(names)) == 2 and all(len(name) <= 100 for name in names)
 
 
 def train_without_wandb():

@@ -1,0 +1,177 @@
+"""Finished runs gathered by setting: which may share a row, and the statistics of a row."""
+
+import json
+import math
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from scipy.stats import t as student_t
+
+import dataset
+from runs.checkpoint import FREE_ON_RESUME
+from runs.results import HELD_OUT, rows_of
+from utils import UserError, plural
+
+# Flags of which one setting may have several values. All others are computed with.
+NOT_COMPARED = FREE_ON_RESUME - {"epochs"} | {"seed", "fold", "remark"}
+FILES = ("args.json", "metrics.jsonl", "*_last.pth")  # any of which a run leaves
+
+
+class Setting(NamedTuple):
+    """Runs of the same images and flags, which differ in seed and fold alone."""
+
+    flags: dict
+    images: dict  # {split: {"images", "classes", "digest"}}, as in results.json
+    metric: str  # Recall@K of the least K
+    rows: dict  # {seed: {fold: {"start", "chosen" or "best", "last": {metric: per cent}}}}
+    processes: list  # what args.json says of each run's processes: commit, device, ...
+
+
+def gather(folders):
+    """([Setting], in a table's order, [line about each run that is left out])."""
+    settings, left_out = {}, []
+    for path in run_folders(folders):
+        try:
+            described = json.loads((path / "args.json").read_text())
+            if reason := why_unfinished(path, described["flags"]):
+                left_out.append(f"{path}: {reason}")
+                continue
+            results = json.loads((path / "results.json").read_text())
+            if not results["chosen_by"]:
+                left_out.append(f"{path}: trained on all classes, not tested")
+                continue
+            flags, images, key = identity(described["flags"], results["images"])
+            rows = {title: metrics for title, _, metrics in rows_of(results)}
+            metric = next(name for name in rows["last"] if name.startswith("R@"))
+            setting = settings.setdefault(key, Setting(flags, images, metric, {}, []))
+            seed, fold = (described["flags"].get(name) for name in ("seed", "fold"))
+            folds = setting.rows.setdefault(seed, {})
+            if fold in folds:
+                left_out.append(f"{path}: of the setting and seed of a run before it")
+                continue
+            folds[fold] = rows
+            setting.processes.extend([described, *described["resumed"]])
+        except (OSError, ValueError, LookupError, StopIteration, UserError) as error:
+            left_out.append(f"{path}: damaged ({' '.join(str(error).split())})")
+    settings = [setting for _, setting in sorted(settings.items())]
+    return settings, left_out + [line for each in settings for line in drop_partial_seeds(each)]
+
+
+def run_folders(folders):
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder}: no such folder")
+        yield from sorted({file.parent for name in FILES for file in Path(folder).rglob(name)})
+
+
+def why_unfinished(path, flags):
+    """A reason why the run has no numbers to compare, None if it has."""
+    if (path / "results.json").exists():
+        return None
+    epochs = len((path / "metrics.jsonl").read_text().splitlines())
+    if epochs < flags["epochs"]:
+        return f"{epochs} of {plural(flags['epochs'], 'epoch')}"
+    return f"without results.json; python train.py --resume {path} writes it"
+
+
+def identity(flags, images):
+    """(flags, images, key) of a run's setting: what is computed with, and of which images."""
+    own = getattr(dataset.module_of(flags["dataset"]), "OWN", None)  # says which images
+    # None: not given, or of a run from before there was the flag
+    compared = {name: value for name, value in flags.items()
+                if value is not None and name not in NOT_COMPARED - {own}}  # fmt: skip
+    if not flags["disent"]:  # DDML's weights have no effect
+        compared |= {"al": 0.0, "be": 0.0, "gam": 0.0}
+    used = {"train": images.get("train + val", images["train"]), "test": images["test"]}
+    images = {split: {name: each[name] for name in ("images", "classes", "digest")}
+              for split, each in used.items()}  # fmt: skip
+    text = json.dumps([compared, images], sort_keys=True)
+    return compared, images, (compared["dataset"], compared["loss"], text)
+
+
+def drop_partial_seeds(setting):
+    """Remove seeds that lack a fold which others have; a line about each."""
+    folds = {fold for of_seed in setting.rows.values() for fold in of_seed}
+    for seed in [seed for seed, of_seed in setting.rows.items() if of_seed.keys() < folds]:
+        lacking = ", ".join(map(str, sorted(folds - setting.rows.pop(seed).keys())))
+        loss = f"{setting.flags['loss']}{' with DDML' * setting.flags['disent']}"
+        yield f"{setting.flags['dataset']}, {loss}: seed {seed} lacks fold {lacking} of other seeds"
+
+
+def epoch_by(setting, by=None):
+    """`by`, or else "chosen" where held-out classes have chosen an epoch, else "last"."""
+    return by or ("chosen" if setting.flags.get("val_classes") else "last")
+
+
+def by_seed(setting, which, metric):
+    """{seed: per cent}, the mean over its folds; {} unless every run has the metric."""
+    runs = {seed: [rows.get(which, {}).get(metric) for rows in folds.values()]
+            for seed, folds in setting.rows.items()}  # fmt: skip
+    if any(value is None for values in runs.values() for value in values):
+        return {}
+    return {seed: mean(values) for seed, values in runs.items()}
+
+
+def metrics_of(setting, which):
+    """The names of the metrics that every run has of this epoch."""
+    names = {name: None for folds in setting.rows.values() for rows in folds.values()
+             for name in rows.get(which, {})}  # fmt: skip
+    return [name for name in names if by_seed(setting, which, name)]
+
+
+class Difference(NamedTuple):
+    """Mean of paired differences, half of its 95 % t-interval, how many, and what they say."""
+
+    mean: float
+    half_width: float
+    seeds: int
+    verdict: str  # "higher", "lower" or "not told apart"
+
+    def __str__(self):
+        return f"{self.mean:+.2f} ± {self.half_width:.2f} ({self.seeds}): {self.verdict}"
+
+
+def difference(setting, other, which, metric):
+    """setting - other by the seeds that both have; None if these are fewer than two."""
+    ours, theirs = (by_seed(each, which, metric) for each in (setting, other))
+    values = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+    n = len(values)
+    if n < 2:
+        return None
+    half = student_t.ppf(0.975, n - 1) * stdev(values) / math.sqrt(n)
+    apart = abs(mean(values)) > half
+    verdict = ("higher" if mean(values) > 0 else "lower") if apart else "not told apart"
+    return Difference(mean(values), half, n, verdict)
+
+
+def choose(settings):
+    """[(settings of a group, the best of them, its seeds to report)], by mean validation MAP@R of
+    the seeds that all settings of the group have; what is reported are its seeds beyond those,
+    if there are any."""
+    groups = {}
+    for setting in settings:
+        if by_seed(setting, "chosen", f"{HELD_OUT}MAP@R"):
+            groups.setdefault(group_of(setting), []).append(setting)
+    return [(trials, *best_of_trials(trials)) for trials in groups.values()]
+
+
+def group_of(setting):
+    """What is no hyper-parameter: settings that differ in the rest alone are trials of a group."""
+    names = ("dataset", "val_classes", "model", "image_size", "embedding_size", "loss", "disent")
+    return str([setting.images, *map(setting.flags.get, names)])
+
+
+def best_of_trials(trials):
+    common = set.intersection(*(set(trial.rows) for trial in trials))
+    if not common:
+        raise UserError(f"--choose: {trials[0].flags['loss']} has {len(trials)} settings without a "
+                        "seed in common; train all with one, to choose by that")  # fmt: skip
+    best = max(trials, key=lambda trial: mean(validation(trial, common).values()))
+    return best, sorted(best.rows.keys() - common or common)
+
+
+def validation(setting, seeds):
+    """{seed: validation MAP@R of the chosen epoch} of these seeds."""
+    values = by_seed(setting, "chosen", f"{HELD_OUT}MAP@R")
+    return {seed: values[seed] for seed in seeds}

@@ -1,0 +1,173 @@
+"""Settings as text: labels, tables, verdicts."""
+
+from itertools import groupby
+from statistics import mean, stdev
+from textwrap import wrap
+
+import dataset
+from flags import flag_of
+from recipe import own_values
+from runs.gather import by_seed, epoch_by, metrics_of
+from runs.results import HELD_OUT
+from utils import plural
+
+OF_LOSS = ("mrg", "alpha", "proxy_lr_factor")  # flags that have a value of the loss's own
+IN_METHOD = {"dataset", "loss", "disent", "al", "be", "gam", *OF_LOSS}  # what `method_of` says
+PAPERS = {"model": "bn_inception", "embedding_size": 512, "batch_size": 180, "image_size": 224}
+ORDER = {"start": 1, "chosen": 2, "best": 3, "last": 4, "difference": 5}  # of columns
+PAPERS_METHOD = {"loss": "Proxy_Anchor", "disent": True}
+
+
+def method_of(flags):
+    """`Proxy_Anchor --mrg 0.2, DDML 1 0.1 1e-05`: the loss, and DDML's al, be and gam."""
+    own = own_values(flags["loss"])
+    parts = [flags["loss"], *(f"{flag_of(name)} {flags[name]}" for name in OF_LOSS
+                              if flags.get(name) != own[name])]  # fmt: skip
+    weights = f", DDML {flags['al']:g} {flags['be']:g} {flags['gam']:g}"
+    return " ".join(parts) + weights * flags["disent"]
+
+
+def differing(settings):
+    """The flags that have several values among the settings."""
+    names = {name for setting in settings for name in setting.flags}
+    return [name for name in sorted(names)
+            if len({str(setting.flags.get(name)) for setting in settings}) > 1]  # fmt: skip
+
+
+def labels_of(settings):
+    """What tells each from the others: the method, and the flags that differ."""
+    names = [name for name in differing(settings) if name not in IN_METHOD]
+    return [", ".join([method_of(setting.flags),
+                       *(f"{flag_of(name)} {setting.flags.get(name)}" for name in names)])
+            for setting in settings]  # fmt: skip
+
+
+def same_images(settings):
+    """[(data set, its settings)], apart where the images differ, or the share held out."""
+
+    def key(setting):
+        flags = setting.flags
+        return dataset.title(flags["dataset"]), str(setting.images), str(flags.get("val_classes"))
+
+    return [(title, list(group)) for (title, *_), group in groupby(sorted(settings, key=key), key)]
+
+
+def with_spread(values):
+    """`mean ± standard deviation` of {seed: per cent}, "" of none."""
+    spread = f" ± {stdev(values.values()):.2f}" if len(values) > 1 else ""
+    return f"{mean(values.values()):.2f}{spread}" if values else ""
+
+
+def seeds_of(setting):
+    """`3`, or `3x4` with four folds a seed."""
+    folds = len(next(iter(setting.rows.values())))
+    return f"{len(setting.rows)}x{folds}" if folds > 1 else str(len(setting.rows))
+
+
+def is_like_the_papers(setting):
+    """Whether the paper's numbers may stand beside: its network, sizes and images."""
+    module, flags = dataset.module_of(setting.flags["dataset"]), setting.flags
+    published = getattr(module, "PUBLISHED", {})
+    counts = {split: (each["images"], each["classes"]) for split, each in setting.images.items()}
+    same = flags.items() >= PAPERS.items() and not flags.get("val_classes")
+    return same and hasattr(module, "PAPER") and published == counts
+
+
+def papers(group):
+    """{metric: per cent} if the paper's numbers may stand beside one of the settings."""
+    alike = any(map(is_like_the_papers, group))
+    return dataset.module_of(group[0].flags["dataset"]).PAPER if alike else {}
+
+
+def full_table(settings, compared, by):
+    """Every column, [[text]] with a header; the paper's row ends a data set's. compared: {id of a
+    setting: Difference or reason}."""
+    names = [name for name in differing(settings) if name not in ("dataset", "loss", "epochs")]
+    rows = []
+    for title, group in same_images(settings):
+        paper = papers(group)
+        for setting in group:
+            flags, metric = setting.flags, setting.metric
+            row = {"data set": title, "loss": flags["loss"]}
+            row |= {flag_of(name): str(flags.get(name, "")) for name in names}
+            row |= {"epochs": str(flags["epochs"]), "seeds": seeds_of(setting)}
+            for which in ("start", "chosen", "best", "last"):
+                row |= {f"{which} {name}": with_spread(by_seed(setting, which, name))
+                        for name in metrics_of(setting, which) if is_shown(name)}  # fmt: skip
+            if is_like_the_papers(setting) and flags.items() >= PAPERS_METHOD.items():
+                best = mean(by_seed(setting, "best", metric).values())
+                row[f"difference of best {metric} to the paper's"] = f"{best - paper[metric]:+.2f}"
+            if told := compared.get(id(setting)):
+                which = epoch_by(setting, by)
+                row[f"difference of {which} {metric} to the baseline's"] = str(told)
+            rows.append(row)
+        if paper:
+            quoted = {f"best {name}": f"{value:.1f}" for name, value in paper.items()}
+            rows.append({"data set": title, "loss": "the paper's: Proxy_Anchor, DDML"} | quoted)
+    return as_lists(rows, lambda column: ORDER.get(column.split()[0], 0))
+
+
+def as_lists(rows, order=lambda column: 0):
+    """[{column: text}] -> [[text]], with a header; columns without any text are left out."""
+    columns = dict.fromkeys(name for row in rows for name, text in row.items() if text)
+    columns = sorted(columns, key=order)
+    return [columns, *[[row.get(column, "") for column in columns] for row in rows]]
+
+
+def is_shown(metric):
+    """Of the metrics of held-out classes, the one that chooses."""
+    return not metric.startswith(HELD_OUT) or metric == f"{HELD_OUT}MAP@R"
+
+
+def short_table(group, by):
+    """The columns one looks at first, [[text]] with a header."""
+    rows = []
+    for label, setting in zip(labels_of(group), group):
+        which = epoch_by(setting, by)
+        row = {"setting": label, "seeds": seeds_of(setting), "epoch": which}
+        for name in (setting.metric, "MAP@R", f"{HELD_OUT}MAP@R"):
+            start = by_seed(setting, "start", name) if name != "MAP@R" else {}
+            row[f"start {name}"] = f"{mean(start.values()):.2f}" if start else ""
+            row[name] = with_spread(by_seed(setting, which, name))
+        rows.append(row)
+    metric = group[0].metric
+    if metric in papers(group):
+        rows.append({"setting": "the paper's: Proxy_Anchor, DDML", "epoch": "best",
+                     metric: f"{papers(group)[metric]:.1f}"})  # fmt: skip
+    return as_lists(rows)
+
+
+def in_columns(table, width=None):
+    """The table as lines; the first column is wrapped for the whole to fit into `width`."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    if width:
+        widths[0] = min(widths[0], max(20, width - sum(widths[1:]) - 2 * len(widths[1:])))
+    lines = []
+    for first, *rest in table:
+        head, *more = wrap(first, widths[0], break_on_hyphens=False)
+        lines.append("  ".join(map(str.ljust, [head, *rest], widths)).rstrip())
+        lines += [f"  {line}" for line in more]
+    return lines
+
+
+def images_of(setting):
+    """Counts of the images that trained and that tested."""
+    train, test = (f"{each['images']:,} images of {plural(each['classes'], 'class')}"
+                   for each in (setting.images["train"], setting.images["test"]))  # fmt: skip
+    share = setting.flags.get("val_classes")
+    held_out = f", {share:g} of them held out" if share else ""
+    return f"trained on {train}{held_out}, tested on {test}"
+
+
+def mixture_of(setting):
+    """What one row mixes: `2 devices (A, B)`; "" if all runs are of the same code and machine."""
+    facts = {"commits": [], "devices": [], "numbers of processes": [], "versions of torch": []}
+    for each in setting.processes:
+        changed = " with changes" * each["uncommitted_changes"]
+        values = (each["commit"][:7] + changed, each["device"], each["processes"],
+                  each["versions"]["torch"])  # fmt: skip
+        for known, value in zip(facts.values(), values):
+            if str(value) not in known:
+                known.append(str(value))
+    return "; ".join(f"{len(values)} {what} ({', '.join(values)})"
+                     for what, values in facts.items() if len(values) > 1)  # fmt: skip
