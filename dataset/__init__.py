@@ -27,6 +27,7 @@ DATASETS = {
     "SOP": import_module("dataset.sop"),
     "Inshop": import_module("dataset.inshop"),
     "demo": import_module("dataset.demo"),
+    "kanji": import_module("dataset.kanji"),
     "folder": import_module("dataset.folder"),
 }
 ALIASES = {"car": "cars"}  # differs: the script does not know the name its README uses
@@ -65,7 +66,7 @@ def read(name, root):
 
 
 def prepare(name, root):
-    """Called before training: the demo draws its images."""
+    """Called before training: demo and kanji draw their images."""
     if hasattr(module_of(name), "prepare"):
         module_of(name).prepare(root)
 

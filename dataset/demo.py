@@ -5,15 +5,12 @@ classes, so none of them tells which class an image is of.
 """
 
 import math
-import os
 import random
-import shutil
-from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from dataset.files import class_folders, halves
-from utils import UserError, say
+from dataset import drawing
+from utils import say
 
 KS = (1, 2, 4, 8)
 RECIPE = {"weights": "none", "image_size": 64, "lr_decay_step": 8, "warm": 0, "bn_freeze": False}
@@ -23,52 +20,35 @@ CANVAS = 128  # shapes and textures are drawn larger, then turned and scaled dow
 
 
 def read(root):
-    folder = Path(root, "demo", "images")
-    if not folder.exists():
-        raise UserError(f"{folder}: not drawn yet; train.py --dataset demo does")
-    return halves(class_folders(folder), folder)
+    return drawing.read(root, "demo")
 
 
 def prepare(root):
-    """Draw the images if they are not there yet."""
-    folder = Path(root, "demo", "images")
-    if not Path(root).is_dir() and Path(root) != Path("data"):
-        raise UserError(f"--data-root {root}: no such folder")
-    if Path(root, "images").exists() and Path(root).resolve().name == "demo":
-        raise UserError(f"--data-root {root}: use {Path(root).resolve().parent}")
-    if not folder.exists():
-        generate(folder)
+    """Draw the images if they are not there yet, or are there without their factors."""
+    folder = drawing.folder_of(root, "demo")
+    if not folder.exists() or not drawing.factors_of(folder).exists():
+        say(f"drawing {len(SHAPES) * len(TEXTURES) * IMAGES_PER_CLASS} images into {folder}")
+        drawing.write(folder, draw())
 
 
-def generate(folder, seed=0):
-    """Write every class folder, all or nothing."""
+def draw(seed=0):
+    """Yields CLASS/NAME, image and {factor: value} of every image."""
     rng = random.Random(seed)
     classes = [(shape, texture) for shape in SHAPES for texture in TEXTURES]
     rng.shuffle(classes)  # so that both halves hold most shapes and most textures
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    say(f"drawing {len(classes) * IMAGES_PER_CLASS} images into {folder}")
-    try:
-        for number, (shape, texture) in enumerate(classes, start=1):
-            subfolder = unfinished / f"{number:03d}.{shape}_{texture}"
-            subfolder.mkdir(parents=True)
-            for index in range(IMAGES_PER_CLASS):
-                draw_image(rng, SHAPES[shape], TEXTURES[texture]).save(
-                    subfolder / f"{shape}_{texture}_{index:04d}.jpg", quality=90
-                )
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process has drawn the same images meanwhile
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    for number, (shape, texture) in enumerate(classes, start=1):
+        for index in range(IMAGES_PER_CLASS):
+            image, factors = draw_image(rng, SHAPES[shape], TEXTURES[texture])
+            name = f"{number:03d}.{shape}_{texture}/{shape}_{texture}_{index:04d}.jpg"
+            yield name, image, {"shape": shape, "texture": texture, **factors}
 
 
 def draw_image(rng, shape, texture):
     def colour():
         return tuple(rng.randrange(256) for _ in range(3))
 
-    image = Image.new("RGB", (SIZE, SIZE), colour())
+    background = colour()
+    image = Image.new("RGB", (SIZE, SIZE), background)
     brush = ImageDraw.Draw(image)
     for _ in range(3):  # clutter
         x, y, r = rng.randrange(SIZE), rng.randrange(SIZE), rng.randrange(4, 16)
@@ -84,13 +64,15 @@ def draw_image(rng, shape, texture):
     )
     dark, light = rng.randrange(0, 60), rng.randrange(195, 256)  # the texture stays visible
     tint = [rng.uniform(0.7, 1.0) for _ in range(3)]
-    light, dark = (
+    corner = (rng.randrange(SIZE - side + 1), rng.randrange(SIZE - side + 1))
+    colours = (
         Image.new("RGB", (side, side), tuple(int(shade * t) for t in tint))
         for shade in (light, dark)
     )
-    corner = (rng.randrange(SIZE - side + 1), rng.randrange(SIZE - side + 1))
-    image.paste(Image.composite(light, dark, pattern), corner, mask)
-    return image
+    image.paste(Image.composite(*colours, pattern), corner, mask)
+    names = ("background_red", "background_green", "background_blue", "angle", "side", "x", "y",
+             "dark", "light", "red", "green", "blue")  # fmt: skip
+    return image, dict(zip(names, (*background, angle, side, *corner, dark, light, *tint)))
 
 
 def _regular_polygon(corners, inner=1.0):

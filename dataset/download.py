@@ -1,6 +1,8 @@
 """Download, check and unpack a published data set; run again, it goes on where it stopped:
 
 python -m dataset.download cub
+
+kanji is drawn, as `train.py --dataset kanji` does, or with other sizes.
 """
 
 import shutil
@@ -13,11 +15,12 @@ from torchvision.datasets.utils import check_integrity
 
 import dataset
 from dataset.files import on_disk
-from flags import VERSION, Parser
-from utils import UserError, progress, run
+from flags import VERSION, Parser, at_least
+from utils import UserError, plural, progress, run
 
 PROGRAM = "python -m dataset.download"
 NAMES = [name for name, module in dataset.DATASETS.items() if hasattr(module, "FILES")]
+NAMES.append("kanji")
 CHUNK = 2**20  # bytes
 
 
@@ -99,16 +102,36 @@ def unpack(archive):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def draw_kanji(root, characters, side):
+    """Draw what is not there yet, and count it; None: the default."""
+    kanji = dataset.kanji
+    if (characters or side) and (root / "kanji").exists():
+        raise UserError(f"{root / 'kanji'} is there already: delete it, or use another --data-root")
+    kanji.prepare(root, characters or kanji.CHARACTERS, side or kanji.SIDE)
+    for split, items in kanji.read(root).items():
+        classes = plural(len({name for _, name in items}), "class")
+        print(f"kanji {split}: {plural(len(items), 'image')} of {classes}")
+
+
 def main(argv=None):
     parser = Parser(prog=PROGRAM, description=__doc__.split("\n")[0])
-    parser.add_argument("name", type=dataset.canonical_name, choices=NAMES, help="data set")
-    parser.add_argument("--data-root", default="./data", help="folder of the data sets")
+    add = parser.add_argument
+    add("name", type=dataset.canonical_name, choices=NAMES, help="data set")
+    add("--data-root", default="./data", help="folder of the data sets")
+    add("--characters", type=at_least(2, maximum=dataset.kanji.ALL),
+        help=f"of kanji, by default {dataset.kanji.CHARACTERS}")  # fmt: skip
+    add("--size", type=at_least(16, maximum=2**10),
+        help=f"side of kanji's images, by default {dataset.kanji.SIDE}")  # fmt: skip
     args = parser.parse_args(argv)
     root = Path(args.data_root)
     if root == Path("data") and not root.exists():
         root.mkdir()
     if not root.is_dir():
         raise UserError(f"--data-root {root}: no such folder")
+    if args.name == "kanji":
+        return draw_kanji(root, args.characters, args.size)
+    if args.characters or args.size:
+        raise UserError(f"--characters and --size are kanji's; {args.name} has its own images")
     if why_incomplete(args.name, root):
         obtain(args.name, root)
     for split, (images, classes) in dataset.module_of(args.name).PUBLISHED.items():

@@ -1,0 +1,103 @@
+"""Kanji: a class is a character, its images are that character in fourteen unlike typefaces.
+
+They are drawn from fonts that Debian packages. The characters do not depend on which of the fonts
+are installed. Half of them, in order of code point, train; that order is mostly one of radicals, so
+many parts of the unseen characters are unseen too.
+"""
+
+import random
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, features
+
+from dataset import drawing
+from utils import UserError, say, warn
+
+KS = (1, 2, 4, 8)
+RECIPE = {"weights": "none", "image_size": 64, "lr_decay_step": 8, "lr_decay_gamma": 0.25,
+          "warm": 0, "bn_freeze": False}  # fmt: skip
+CHARACTERS, SIDE = 700, 64  # by default
+ALL = 2961  # JIS X 0208 level 1 has 2,965; TWINS are left out
+TWINS = "頴曾瀧禰"  # OradanoGSRR has the same pictures for 穎曽滝祢
+FONTS = {  # file: Debian package
+    "AoyagiKouzanT.ttf": "fonts-aoyagi-kouzan-t",
+    "aoyagi-soseki.ttf": "fonts-aoyagi-soseki",
+    "BIZUDMincho-Regular.ttf": "fonts-morisawa-bizud-mincho",
+    "DotGothic16-Regular.ttf": "fonts-dotgothic16",
+    "kiloji.ttf": "fonts-kiloji",
+    "kouzan-mouhitsu-gyosho.ttf": "fonts-kouzan-mouhitsu",
+    "KouzanBrushFontSousyo.ttf": "fonts-kouzan-mouhitsu",
+    "misaki_gothic.ttf": "fonts-misaki",
+    "MTLc3m.ttf": "fonts-motoya-l-cedar",
+    "OradanoGSRR.ttf": "fonts-oradano-mincho-gsrr",
+    "RampartOne-Regular.ttf": "fonts-rampart",
+    "Stick-Regular.ttf": "fonts-stick",
+    "TrainOne-Regular.ttf": "fonts-train",
+    "YuseiMagic-Regular.ttf": "fonts-yusei-magic",
+}
+FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
+
+
+def read(root):
+    splits = drawing.read(root, "kanji")
+    drawn = {Path(path).stem for items in splits.values() for path, _ in items}
+    if lacking := [file for file in FONTS if Path(file).stem not in drawn]:
+        warn(f"{Path(root, 'kanji')}: drawn without {len(lacking)} of {len(FONTS)} typefaces; "
+             f"{how_to_get(lacking)}, then delete the folder, and it is drawn again")  # fmt: skip
+    return splits
+
+
+def prepare(root, characters=CHARACTERS, side=SIDE):
+    """Draw the images if they are not there yet; what is there is taken as it is."""
+    folder = drawing.folder_of(root, "kanji")
+    if folder.exists():
+        return
+    if not features.check("freetype2"):
+        raise UserError("this Pillow draws no text; pip install --force-reinstall pillow")
+    found = {path.name: path for folder in FOLDERS for path in Path(folder).expanduser().rglob("*")}
+    paths = {Path(file).stem: found[file] for file in FONTS if file in found}
+    if len(paths) < 2:
+        lacking = [file for file in FONTS if file not in found]
+        raise UserError(f"kanji: found {len(paths)} of {len(FONTS)} typefaces below "
+                        f"{', '.join(FOLDERS)}; {how_to_get(lacking)}")  # fmt: skip
+    say(f"drawing {characters:,} characters in {len(paths)} typefaces into {folder}")
+    drawing.write(folder, draw(paths, chosen(characters), side))
+
+
+def how_to_get(files):
+    return f"apt install {' '.join(dict.fromkeys(FONTS[file] for file in files))}"
+
+
+def chosen(count):
+    """`count` characters of level 1 (rows 16 to 47), by a fixed seed. The first 700 are in all
+    fourteen fonts; 牙 and 穐, which come later, are not."""
+    codes = (bytes([0xA0 + row, 0xA0 + cell]) for row in range(16, 48) for cell in range(1, 95))
+    characters = [code.decode("euc_jp", "ignore") for code in codes]
+    characters = [each for each in characters if each and each not in TWINS]
+    random.Random(0).shuffle(characters)
+    return sorted(characters[:count])
+
+
+def draw(paths, characters, side):
+    """Yields CHARACTER/TYPEFACE.png, image and {factor: value}; paths: {typeface: font's path}."""
+    size = side * 7 // 8  # so that all of it is in the centre that tests look at
+    fonts = {face: ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+             for face, path in paths.items()}  # fmt: skip
+    unknown = {face: ink_of("\uffff", font, side) for face, font in fonts.items()}  # in no font
+    for character in characters:
+        for face, font in fonts.items():
+            ink = ink_of(character, font, side)
+            if ink in (None, unknown[face]):
+                continue
+            image = Image.new("L", (side, side), 255)
+            image.paste(0, ((side - ink.width) // 2, (side - ink.height) // 2), ink)
+            dark = sum(image.histogram()[:128]) / side**2  # share of pixels below middle grey
+            yield f"{character}/{face}.png", image, {"typeface": face, "ink": round(dark, 4)}
+
+
+def ink_of(character, font, side):
+    """A character's picture, cropped to its ink, which is 255; None if there is none."""
+    image = Image.new("L", (2 * side, 2 * side))
+    ImageDraw.Draw(image).text((side, side), character, 255, font, anchor="mm")
+    box = image.getbbox()
+    return box and image.crop(box)
