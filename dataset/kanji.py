@@ -41,7 +41,7 @@ FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts",
 def read(root):
     splits = drawing.read(root, "kanji")
     drawn = {Path(path).stem for items in splits.values() for path, _ in items}
-    if lacking := [file for file in FONTS if Path(file).stem not in drawn]:
+    if lacking := {file for file in FONTS if Path(file).stem not in drawn}:
         warn(f"{Path(root, 'kanji')}: drawn without {len(lacking)} of {len(FONTS)} typefaces; "
              f"{how_to_get(lacking)}, then delete the folder, and it is drawn again")  # fmt: skip
     return splits
@@ -54,22 +54,26 @@ def prepare(root, characters=CHARACTERS, side=SIDE):
         return
     if not features.check("freetype2"):
         raise UserError("this Pillow draws no text; pip install --force-reinstall pillow")
-    found = {path.name: path for folder in FOLDERS for path in Path(folder).expanduser().rglob("*")}
-    paths = {Path(file).stem: found[file] for file in FONTS if file in found}
-    if len(paths) < 2:
-        lacking = [file for file in FONTS if file not in found]
-        raise UserError(f"kanji: found {len(paths)} of {len(FONTS)} typefaces below "
-                        f"{', '.join(FOLDERS)}; {how_to_get(lacking)}")  # fmt: skip
-    say(f"drawing {characters:,} characters in {len(paths)} typefaces into {folder}")
-    drawing.write(folder, draw(paths, chosen(characters), side))
+    if len(fonts := installed()) < 2:
+        raise UserError(f"kanji: found {len(fonts)} of {len(FONTS)} typefaces below "
+                        f"{', '.join(FOLDERS)}; {how_to_get(FONTS.keys() - fonts)}")  # fmt: skip
+    say(f"drawing {characters:,} characters in {len(fonts)} typefaces into {folder}")
+    drawing.write(folder, draw(fonts.values(), chosen(characters), side))
+
+
+def installed():
+    """{file: path} of the fonts that are there."""
+    below = (path for folder in FOLDERS for path in Path(folder).expanduser().rglob("*.ttf"))
+    found = {path.name: path for path in below}
+    return {file: found[file] for file in FONTS if file in found}
 
 
 def how_to_get(files):
-    return f"apt install {' '.join(dict.fromkeys(FONTS[file] for file in files))}"
+    return f"apt install {' '.join(sorted({FONTS[file] for file in files}))}"
 
 
 def chosen(count):
-    """`count` characters of level 1 (rows 16 to 47), by a fixed seed. The first 700 are in all
+    """`count` characters of level 1 (rows 16 to 47), by a fixed seed. The default 700 are in all
     fourteen fonts; 牙 and 穐, which come later, are not."""
     codes = (bytes([0xA0 + row, 0xA0 + cell]) for row in range(16, 48) for cell in range(1, 95))
     characters = [code.decode("euc_jp", "ignore") for code in codes]
@@ -79,10 +83,10 @@ def chosen(count):
 
 
 def draw(paths, characters, side):
-    """Yields CHARACTER/TYPEFACE.png, image and {factor: value}; paths: {typeface: font's path}."""
+    """Yields CHARACTER/TYPEFACE.png, image and {factor: value}; paths: of the fonts."""
     size = side * 7 // 8  # so that all of it is in the centre that tests look at
-    fonts = {face: ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
-             for face, path in paths.items()}  # fmt: skip
+    fonts = {path.stem: ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+             for path in paths}  # fmt: skip
     unknown = {face: ink_of("\uffff", font, side) for face, font in fonts.items()}  # in no font
     for character in characters:
         for face, font in fonts.items():
