@@ -209,12 +209,18 @@ def seeded_noise(training):
     return noise
 
 
-def main(argv=None):
-    parser = build_parser()
+def parse_flags(parser, argv):
+    """All flags as a namespace, and {name: value} of those on the command line."""
     args, given = given_flags(parser, argv)
-    set_quiet(args.quiet)
     if args.val_classes:
         args.fold = args.fold or 0
+    return args, given
+
+
+def main(argv=None):
+    parser = build_parser()
+    args, given = parse_flags(parser, argv)
+    set_quiet(args.quiet)
     device = init_processes(args.gpu_id)
     args, run_folder, checkpoint = open_run(parser, args, given)
     if run_folder.complete:

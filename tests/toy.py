@@ -1,6 +1,6 @@
 """A backbone of two small layers, for runs in which the network is not the point.
 
-python -m tests.toy SCRIPT FLAGS is train.py or evaluate.py with it.
+python -m tests.toy SCRIPT FLAGS is train.py, evaluate.py or sweep.py with it.
 """
 
 import sys
@@ -30,8 +30,11 @@ BACKBONES["toy_with_dropout"] = lambda: Backbone(Toy(0.3), pool)
 
 if __name__ == "__main__":
     import evaluate
+    import sweep
     import train
+    from runs import jobs
     from utils import run
 
+    jobs.TRAIN = [sys.executable, "-m", "tests.toy", "train.py"]
     del sys.argv[0]
-    run({"train.py": train, "evaluate.py": evaluate}[sys.argv[0]].main)
+    run({"train.py": train, "evaluate.py": evaluate, "sweep.py": sweep}[sys.argv[0]].main)

@@ -1,0 +1,155 @@
+"""Runs of train.py as processes of their own, several at a time. It keeps no state: a run's folder
+says whether it is finished, its lock whether a process is at it."""
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from os import environ
+from pathlib import Path
+from subprocess import Popen
+from typing import NamedTuple
+
+import torch
+from filelock import Timeout
+from tqdm import tqdm
+
+from runs.folder import RunFolder
+from runs.results import main_metric
+from runs.start import stored
+from utils import plural, say
+
+TRAIN = [sys.executable, str(Path(__file__).resolve().parent.parent / "train.py")]
+LOG = "sweep.log"  # in a run's folder: what the run printed
+POLL_SECONDS = 0.2
+
+
+class Run(NamedTuple):
+    folder: Path
+    flags: list  # of train.py
+    epochs: int
+
+
+def state_of(run):
+    """done, in use, begun or new, as the run's folder says."""
+    files = RunFolder(run.folder, "")
+    epochs = stored(run.folder).get("flags", {}).get("epochs", 0)
+    if epochs >= run.epochs and files.summary.exists() and files.curves.exists():
+        return "done"
+    try:
+        if Path(files.file_lock.lock_file).exists():
+            files.file_lock.acquire(timeout=0)
+            files.file_lock.release()
+    except Timeout:
+        return "in use"
+    return "begun" if files.args.exists() else "new"
+
+
+def command_of(run, state):
+    return [*TRAIN, *run.flags, *(["--resume"] if state == "begun" else [])]
+
+
+def score_of(run):
+    """`R@1 61.50`: the main metric of a finished run's last epoch."""
+    path = RunFolder(run.folder, "").summary
+    metrics = json.loads(path.read_text())["last"]["metrics"] if path.exists() else {}
+    name = main_metric(metrics)
+    return f"{name} {metrics[name]:.2f}" if name else "finished"
+
+
+def environments(jobs):
+    """The environment of each of `jobs` runs at a time: a GPU, or a share of the CPU's threads."""
+    count = torch.cuda.device_count()
+    if not count:
+        threads = max(1, torch.get_num_threads() // (jobs or 1))
+        return [{**environ, "OMP_NUM_THREADS": str(threads)}] * (jobs or 1)
+    visible = environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    gpus = visible.split(",")[:count]
+    return [{**environ, "CUDA_VISIBLE_DEVICES": gpus[i % count]} for i in range(jobs or count)]
+
+
+@contextlib.contextmanager
+def signals_passed_on(processes):
+    """In a `with`: SIGINT and SIGTERM go on to `processes`. Gives a list of those that came."""
+    received = []
+
+    def handle(number, frame):
+        received.append(number)
+        for process in list(processes):
+            process.send_signal(number)  # a terminal sends it too: train.py takes both as one
+
+    former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def work(runs, free, working, received):
+    """Run what is missing, each in one of the `free` environments; start nothing once a signal is
+    `received`. Yields (run, how it ended, whether it failed) as runs end, and None meanwhile.
+    `working` holds the processes."""
+    pending, told = list(runs), False
+    while working or pending and not received:
+        for run in list(pending):
+            if received or not free:
+                break
+            state = state_of(run)
+            if state == "in use":  # by another process: looked at again and again
+                continue
+            pending.remove(run)
+            if state == "done":
+                yield run, f"{score_of(run)}, by another process", False
+                continue
+            with open(run.folder / LOG, "ab") as log:
+                job = run, state, free.pop(0), log.tell(), time.monotonic()
+                process = Popen(command_of(run, state), stdout=log, stderr=log, env=job[2])
+            working[process] = job
+            for number in received:  # in the meantime
+                process.send_signal(number)
+        if pending and not (working or received or told):
+            say(f"waiting for {plural(len(pending), 'run')} that other processes are at, such as "
+                f"{pending[0].folder}")  # fmt: skip
+            told = True
+        yield None
+        time.sleep(POLL_SECONDS)
+        for process in [process for process in working if process.poll() is not None]:
+            run, before, environment, size, since = working.pop(process)
+            free.append(environment)
+            state = state_of(run)
+            if process.returncode == 0 or state == "done":
+                took = tqdm.format_interval(time.monotonic() - since)
+                yield run, f"{score_of(run)}, {took}", False
+            elif state == "in use" or (before, state) == ("new", "begun"):
+                pending.append(run)  # another process was faster
+            elif not received:
+                status, line = process.returncode, last_line(run.folder / LOG, size)
+                yield run, f"failed with status {status}: {line}", True
+
+
+def last_line(path, start):
+    """The last line of a file that is not empty, after its first `start` bytes."""
+    lines = path.read_bytes()[start:].decode(errors="replace").splitlines()
+    return next(filter(str.strip, reversed(lines)), "it printed nothing")
+
+
+def show(ends, total):
+    """Say how each run of `work` ended, with a bar on a terminal. Returns the lines of the failed.
+    """
+    failed, since, count = [], time.monotonic(), 0
+    with tqdm(total=total, desc="runs", leave=False, dynamic_ncols=True, disable=None) as bar:
+        for end in ends:
+            if not end:
+                bar.refresh()
+                continue
+            run, how, has_failed = end
+            count += 1
+            bar.update()
+            left = tqdm.format_interval((total - count) * (time.monotonic() - since) / count)
+            with tqdm.external_write_mode():
+                say(f"{count}/{total} {run.folder}: {how}; {left} left")
+            if has_failed:
+                failed.append(f"{run.folder}: {how}")
+    return failed
