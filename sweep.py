@@ -71,7 +71,7 @@ def texts_of(texts, where, parser):
     found, known = {}, parser._option_string_actions
     for text in texts or ():
         typed, _, values = text.partition("=")
-        flag = flag_of(typed.lstrip("-").replace("-", "_"))
+        flag = flag_of(typed.replace("-", "_"))
         if flag not in known:
             near = did_you_mean(flag, known)
             raise UserError(f"{where} {text}: train.py has no flag {flag}{near}")

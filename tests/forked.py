@@ -8,6 +8,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
+import torch._inductor.config  # noqa: F401 (else every run's optimizer imports it)
 
 import train
 from runs import finish
