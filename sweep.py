@@ -159,9 +159,12 @@ def runs_of(values_of_runs, parser, rest):
         args, _ = train.parse_flags(parser, [*rest, *flags.values()])
         effective, _ = settings(args, parser)
         flags = [flags[name] for name in flags if effective[name] == getattr(args, name)]
-        folder = run_folder_path(args, parser)
-        found.setdefault(folder, Run(folder, [*rest, *flags], args.epochs))
-    return list(found.values())
+        one = Run(run_folder_path(args, parser), [*rest, *flags], args.epochs)
+        other, its = found.setdefault(one.folder, (one, effective))
+        if its != effective:  # --weights of two files with one name
+            raise UserError(f"{' '.join(one.flags)}: its run folder is that of "
+                            f"{' '.join(other.flags)}; give each its own --remark, after --")
+    return [one for one, _ in found.values()]
 
 
 def complete(runs, places, head):

@@ -108,6 +108,7 @@ BAD = [
     ("-- --resume",                           "--resume: a sweep continues what is not finished"),
     ("-- --gpu-id 1",                         "--gpu-id 1: each run gets a GPU of its own"),
     ("-- --lrr 1",                            "unrecognized arguments: --lrr 1; did you mean"),
+    ("--grid weights=a/x.pth,b/x.pth",        "its run folder is that of --weights=a/x.pth"),
     (f"-- --remark {'x' * 250}",              "File name too long"),
 ]  # fmt: skip
 
@@ -198,7 +199,7 @@ def wait_for(condition, process, seconds=60):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_every_run_and_the_same_command_goes_on(here, number, status):
+def test_a_signal_saves_every_run_and_the_same_command_goes_on(here, capsys, number, status):
     make_cub(here / "data")
     flags = f"--jobs 2 --seeds 1-3 -- {BASE} --epochs "
     process = forked.start(sweep_py, flags + "1000000")
@@ -214,10 +215,13 @@ def test_a_signal_saves_every_run_and_the_same_command_goes_on(here, number, sta
     for folder in begun:
         assert f"train.py: {number.name}: continue with" in (folder / "sweep.log").read_text()
     epochs = max(len(metrics(folder)) for folder in begun) + 2
+    left = commands(capsys, "--seeds 1-3", f"{BASE} --epochs {epochs}")
+    assert left == [("--seed=1", "--resume"), ("--seed=2", "--resume"), ("--seed=3",)]
     finish(flags + str(epochs))
     assert [len(metrics(folder)) for folder in runs_in(here)] == [epochs] * 3
     assert [len(json.loads((folder / "args.json").read_text())["resumed"])
             for folder in runs_in(here)] == [1, 1, 0]  # fmt: skip
+    assert commands(capsys, "--seeds 1-3", f"{BASE} --epochs {epochs}") == []
 
 
 def test_two_sweeps_at_once_train_every_run_once(here):
