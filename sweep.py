@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from itertools import combinations, product
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +101,8 @@ def draw(name, text, parser, *key):
         low, high = float(parts[1]), float(parts[2])
     except (TypeError, ValueError):
         raise UserError(f"{where}: LOW:HIGH or LOW:HIGH:log, as in al=0.1:10:log") from None
-    if not low < high:
-        raise UserError(f"{where}: {parts[1]} is not below {parts[2]}")
+    if not -inf < low < high < inf:
+        raise UserError(f"{where}: LOW has to be below HIGH, and both finite")
     if parts[3] and low <= 0:
         raise UserError(f"{where}: with :log both ends have to be above 0")
     u = np.random.default_rng([*key, *name.encode()]).random()
