@@ -4,7 +4,7 @@ DEMO = --dataset demo --disent True --al 1.0 --be 0.1 --gam 0.00001 --weights no
 	--bn-freeze 0 --workers 2 --wandb disabled
 DEMO_RUN = logs/logs_demo/bn_inception_Proxy_Anchor_embedding64_al1.0_be0.1_gam1e-05_adamw_lr0.001_batch32
 
-.PHONY: help demo test test-gpu install
+.PHONY: help demo paper test test-gpu install
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */make \1\t/'
@@ -12,6 +12,9 @@ help:  ## this list
 demo: install  ## draw a small data set, train on it for about two minutes, evaluate
 	.venv/bin/python train.py $(DEMO) --overwrite
 	.venv/bin/python evaluate.py --resume $(DEMO_RUN)/demo_bn_inception_last.pth
+
+paper: install  ## the three published commands, with and without DDML, three seeds: README's rows
+	.venv/bin/python -m benchmarks.paper
 
 test: install  ## the whole test suite: no network, no GPU, about five minutes on two cores
 	CUDA_VISIBLE_DEVICES= .venv/bin/python -m pytest -n 2 --dist worksteal

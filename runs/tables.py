@@ -52,10 +52,10 @@ def same_images(settings):
     return [(title, list(group)) for (title, *_), group in groupby(sorted(settings, key=key), key)]
 
 
-def with_spread(values):
+def with_spread(values, digits=2):
     """`mean ± standard deviation` of {seed: per cent}, "" of none."""
-    spread = f" ± {stdev(values.values()):.2f}" if len(values) > 1 else ""
-    return f"{mean(values.values()):.2f}{spread}" if values else ""
+    spread = f" ± {stdev(values.values()):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values.values()):.{digits}f}{spread}" if values else ""
 
 
 def seeds_of(setting):

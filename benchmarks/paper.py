@@ -1,0 +1,164 @@
+"""The paper's tables, trained here: make paper
+
+Trains the three published commands with DDML and without it, three seeds each, through sweep.py,
+and writes README's "measured here" rows. What is finished is not trained again.
+"""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import dataset
+import train
+from flags import Parser, at_least
+from net import create_model
+from runs.gather import by_seed, difference, gather
+from runs.naming import run_folder_path
+from runs.tables import with_spread
+from storage import write_atomically
+from utils import UserError, plural, run
+
+ROOT = Path(__file__).parent.parent
+SHARED = ("--gpu-id 0 --loss Proxy_Anchor --model bn_inception --embedding-size 512 "
+          "--batch-size 180 --warm 1 --al 1.0")  # fmt: skip
+PUBLISHED = {  # data set: (README's name of it, what its command adds)
+    "cub": ("CUB", "--lr 1e-4 --bn-freeze 1 --lr-decay-step 10 --be 0.1 --gam 0.00001"),
+    "cars": ("Cars", "--lr 1e-4 --bn-freeze 1 --lr-decay-step 20 --be 0.1 --gam 0.001"),
+    "SOP": ("SOP", "--lr 6e-4 --bn-freeze 0 --lr-decay-step 20 --lr-decay-gamma 0.25 --be 1.0 "
+                   "--gam 0.0001"),  # fmt: skip
+}  # fmt: skip
+
+
+def build_parser():
+    usage = "python -m benchmarks.paper [flags] -- [further flags of train.py]"
+    parser = Parser(description=__doc__.split("\n")[0], usage=usage)
+    add = parser.add_argument
+    add("--data-root", default="./data", metavar="DIR", help="folder of the data sets")
+    add("--seeds", default=3, type=at_least(1), help="how many, from 1")
+    add("--readme", default=ROOT / "README.md", type=Path, help="the file whose rows are written")
+    add("--dry-run", action="store_true", help="say what is there and what will be run")
+    return parser
+
+
+def flags_of(name, root, further):
+    """train.py's flags for a data set, without --disent and --seed."""
+    given = f"{SHARED} --dataset {name} {PUBLISHED[name][1]}"
+    return [*shlex.split(given), f"--data-root={root}", *further]
+
+
+def folders_of(flags, seeds):
+    """The run folders with these flags: with DDML and without, each seed."""
+    parser = train.build_parser()
+    variants = [[f"--disent={disent}", f"--seed={seed}"] for disent in (True, False)
+                for seed in range(1, seeds + 1)]  # fmt: skip
+    return [run_folder_path(parser.parse_args([*flags, *variant]), parser) for variant in variants]
+
+
+def what_is_missing(name, flags):
+    """How to get the data or the weights that are not there; None if all is."""
+    chosen = train.build_parser().parse_args(flags)
+    try:
+        for split in ("train", "test"):
+            dataset.load(name, chosen.data_root, split)
+    except UserError as error:
+        return f"{error}; python -m dataset.download {name} --data-root {chosen.data_root}"
+    try:
+        create_model(chosen.model, chosen.embedding_size, weights=chosen.weights)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def command_of(flags, seeds):
+    """The command that trains with DDML and without it, each seed."""
+    return ["python", "sweep.py", "--grid", "disent=True,False", "--seeds", f"1-{seeds}", "--",
+            *flags]  # fmt: skip
+
+
+def sweep_with(command):
+    return subprocess.run([sys.executable, ROOT / "sweep.py", *command[2:]]).returncode
+
+
+def table_rows(settings, metrics):
+    """[[text]]: mean ± standard deviation of best and last epoch, and DDML minus the plain loss."""
+    rows = []
+    plain, ddml = sorted(settings, key=lambda setting: setting.flags["disent"])
+    for method, setting in (("DDML", ddml), ("Proxy-Anchor alone", plain)):
+        for which in ("best", "last"):
+            cells = [with_spread(by_seed(setting, which, metric), 1) for metric in metrics]
+            rows.append([f"measured here: {method}, {which} epoch", *cells])
+    differences = [difference(ddml, plain, "last", metric) for metric in metrics]
+    if all(differences):
+        cells = [f"{each.mean:+.1f} ± {each.half_width:.1f}" for each in differences]
+        rows.append(["measured here: DDML - alone, last epoch, 95 % interval", *cells])
+    return rows
+
+
+def facts(name, settings):
+    """What the rows were measured with, one line."""
+    processes = [each for setting in settings for each in setting.processes]
+    seeds = sorted({seed for setting in settings for seed in setting.rows})
+    commits = {each["commit"][:7] + " with changes" * each["uncommitted_changes"]
+               for each in processes}  # fmt: skip
+    devices = {each["device"] for each in processes}
+    counts = {split: (each["images"], each["classes"])
+              for split, each in settings[0].images.items()}  # fmt: skip
+    line = (f"Measured here: seeds {', '.join(map(str, seeds))}; commit "
+            f"{', '.join(sorted(commits))}; {', '.join(sorted(devices))}.")  # fmt: skip
+    if counts != dataset.module_of(name).PUBLISHED:
+        found = " and ".join(f"{plural(images, 'image')} of {plural(classes, 'class')}"
+                             for images, classes in counts.values())  # fmt: skip
+        line += f" Not the published images: {found}."
+    return line
+
+
+def write_rows(readme, title, settings, name):
+    """Replace the "measured here" rows of the table that begins with `title`, and the line below
+    the table that says what they were measured with."""
+    lines, header = readme.read_text().splitlines(), f"| {title} |"
+    starts = [number for number, line in enumerate(lines) if line.startswith(header)]
+    if not starts:
+        raise UserError(f"{readme}: has no table that begins with {header}")
+    start = starts[0]
+    end = next((i for i in range(start, len(lines)) if not lines[i].startswith("|")), len(lines))
+    metrics = [cell.strip() for cell in lines[start].split("|")[2:-1]]
+    kept = [line for line in lines[start:end] if not line.startswith("| measured here")]
+    rows = [f"| {' | '.join(row)} |" for row in table_rows(settings, metrics)]
+    after = lines[end:]
+    if after[1:2] and after[1].startswith("Measured here: "):
+        after = after[2:]
+    lines = [*lines[:start], *kept, *rows, "", facts(name, settings), *after]
+    write_atomically(readme.resolve(), "\n".join([*lines, ""]).encode())
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    at = argv.index("--") if "--" in argv else len(argv)
+    args, further = build_parser().parse_args(argv[:at]), argv[at + 1 :]
+    there = []
+    for name in PUBLISHED:
+        flags = flags_of(name, args.data_root, further)
+        if missing := what_is_missing(name, flags):
+            print(f"{name}: not run: {missing}")
+        else:
+            there.append((name, flags))
+            print(f"{name}: {2 * args.seeds} runs: {shlex.join(command_of(flags, args.seeds))}")
+    if not there:
+        raise UserError("nothing to run: get what is missing, as said above, and run this again")
+    if args.dry_run:
+        return 0
+    failed = 0
+    for name, flags in there:
+        failed |= sweep_with(command_of(flags, args.seeds))
+        settings, left_out = gather(folders_of(flags, args.seeds))
+        if [len(setting.rows) for setting in settings] != [args.seeds, args.seeds]:
+            print(f"{name}: README's rows wait until all runs are finished", *left_out, sep="\n")
+            continue
+        write_rows(args.readme, PUBLISHED[name][0], settings, name)
+        print(f"{args.readme}: wrote the measured rows of {name}")
+    return failed
+
+
+if __name__ == "__main__":
+    run(main, "benchmarks.paper")

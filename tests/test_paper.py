@@ -1,0 +1,90 @@
+"""make paper: the published commands, and README's measured rows."""
+
+import re
+import shlex
+import shutil
+from statistics import mean
+
+import pytest
+
+import train
+from benchmarks import paper
+from runs.gather import by_seed, gather
+from tests.conftest import ROOT, fails, make_cars, make_cub, make_sop
+
+TINY = ("--model toy --weights none --image-size 32 --batch-size 8 --embedding-size 8 --epochs 1 "
+        "--workers 0 --wandb disabled --quiet")  # fmt: skip
+
+
+@pytest.fixture
+def copy(here, monkeypatch):
+    """A copy of README.md and of the data sets; sweeps train in this process."""
+    shutil.copy(ROOT / "README.md", here)
+    for make in (make_cub, make_cars, make_sop):
+        make(here / "data")
+
+    def trained(command):
+        seeds = int(re.search(r"--seeds 1-(\d)", shlex.join(command))[1])
+        for disent in (True, False):
+            for seed in range(1, seeds + 1):
+                flags = command[command.index("--") + 1 :]
+                train.main([*flags, f"--disent={disent}", f"--seed={seed}"])
+        return 0
+
+    monkeypatch.setattr(paper, "sweep_with", trained)
+    return here
+
+
+def rows_in(text, name):
+    """The rows of README's table of a data set, below its header, and the line after it."""
+    table, after = re.search(rf"^\| {name} \|.*\n\|[-|]*\n((?:\|.*\n)+)\n(.*)", text, re.M).groups()
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()], after
+
+
+def test_the_measured_rows_are_written_from_the_runs_and_again_are_the_same(copy, capsys):
+    command = shlex.split(f"--seeds 2 --readme README.md -- {TINY}")
+    assert paper.main(command) == 0
+    text = (copy / "README.md").read_text()
+    for name, folder in (("CUB", "cub"), ("Cars", "cars"), ("SOP", "SOP")):
+        rows, after = rows_in(text, name)
+        settings, _ = gather([f"logs/logs_{folder}"])
+        ddml = next(setting for setting in settings if setting.flags["disent"])
+        last = mean(by_seed(ddml, "last", "R@1").values())
+        assert rows[0][0] == "the paper's" and len(rows) == 6
+        assert rows[2][0] == "measured here: DDML, last epoch"
+        assert rows[2][1].startswith(f"{last:.1f} ± ")
+        assert re.match(r"Measured here: seeds 1, 2; commit \w{7}.*cpu .*Not the published", after)
+    untouched = [line for line in text.splitlines() if "easured here" not in line]
+    before = (ROOT / "README.md").read_text().splitlines()
+    assert [line for line in untouched if line] == [
+        line for line in before if line and "easured here" not in line
+    ]
+    for folder in copy.glob("logs/*/*"):
+        shutil.rmtree(folder)
+    assert paper.main(command) == 0
+    assert (copy / "README.md").read_text() == text
+
+
+def test_what_is_missing_is_named_with_how_to_get_it_and_the_rest_is_to_be_run(copy, capsys):
+    shutil.rmtree(copy / "data/CUB_200_2011")
+    assert paper.main(shlex.split(f"--dry-run -- {TINY}")) == 0
+    out = capsys.readouterr().out
+    assert "cub: not run: no cub data set under" in out
+    assert "python -m dataset.download cub --data-root ./data" in out
+    assert "SOP: 6 runs: " in out and "cars: 6 runs: " in out
+    shutil.rmtree(copy / "data")
+    (copy / "data").mkdir()
+    assert "nothing to run: get what is missing" in fails(f"-- {TINY}", capsys, paper.main)
+    make_cub(copy / "data")
+    assert "nothing to run" in fails("--dry-run", capsys, paper.main)  # no weights
+
+
+def test_its_commands_are_readmes():
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    parser = train.build_parser()
+    published = re.findall(r"^python train.py (.*--dataset (?:cub|car|SOP) .*--disent True.*)$",
+                           readme, re.M)  # fmt: skip
+    ours = [[*paper.flags_of(name, "./data", []), "--disent=True"] for name in paper.PUBLISHED]
+    assert [parser.parse_args(flags) for flags in ours] == [
+        parser.parse_args(shlex.split(command)) for command in published
+    ]
