@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grad_value_, get_total_norm
 
 from distributed import all_gather, all_reduce, all_reduce_gradients, world_size
-from losses import DDML, LOSSES
+from losses import DDML, LOSSES, standard_deviation
 from net import create_model
 from net.batch_norm import share_batch_norm
 from sharded import ShardedDDML, ShardedProxyAnchor, sharded_parameters
@@ -85,15 +85,20 @@ def prepare_epoch(model, epoch, warm, bn_freeze):
                     module.requires_grad_(False)
 
 
-def train_step(model, criterion, optimizer, images, labels, noise=None, batch_size=None):
+def train_step(
+    model, criterion, optimizer, images, labels, noise=None, batch_size=None, measured=False
+):
     """One step; images, labels: this rank's rows of the batch of `batch_size`; noise: the whole
-    batch's. Returns {term: scalar}, with "loss" and "gradient" (its largest entry), on the device.
+    batch's. Returns {term: scalar}, with "loss" and "gradient" (its largest entry), on the device;
+    if `measured`, also what DDML does `at_the_heads`.
     """
     optimizer.zero_grad()
     output, labels = model(images), all_gather(labels, batch_size)
+    measures = {}
     if model.disent:
-        heads = (all_gather(head, batch_size) for head in output)
+        heads = [all_gather(head, batch_size) for head in output]
         loss, terms = criterion(*heads, labels, noise)
+        measures = at_the_heads(criterion, heads, terms) if measured else {}
     else:
         loss = criterion(all_gather(output, batch_size), labels)
         terms = {"metric": loss}
@@ -106,8 +111,26 @@ def train_step(model, criterion, optimizer, images, labels, noise=None, batch_si
     gradient = all_reduce(gradient.nan_to_num(math.inf, math.inf), "max")
     clip_grad_value_(parameters, CLIP_VALUE)
     optimizer.step()
-    values = {**terms, "loss": loss, "gradient": gradient}
+    values = {**terms, "loss": loss, "gradient": gradient, **measures}
     return {name: value.detach() for name, value in values.items()}
+
+
+def at_the_heads(criterion, heads, terms):
+    """Of a batch's heads, [B, 2d] each: the mean std of both, and each weighted term's share of the
+    gradient. A share is the L2 norm of the term's gradient at both heads, over the terms' sum."""
+    weights = dict(zip(terms, (1, criterion.al, criterion.be, criterion.gam)))
+    stds = [standard_deviation(head.chunk(2, dim=1)[1])[0].mean() for head in heads]
+    norms = {}
+    for name, term in terms.items():
+        gradients = torch.autograd.grad(
+            term, heads, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        # the mean over ranks: with --shard-proxies each has the part of its own classes, times W
+        whole = all_reduce(torch.cat(gradients).double()) / world_size()
+        norms[f"share_{name}"] = weights[name] * whole.norm().to(term.dtype)
+    total = sum(norms.values()).clamp_min(1e-30)  # all may be 0
+    shares = {name: norm / total for name, norm in norms.items()}
+    return {"std": stds[0], "std_specific": stds[1], **shares}
 
 
 def loss_noise(shape, device):

@@ -174,9 +174,9 @@ def run_epoch(training, loader, evaluate_unseen, run_folder, stop):
         for pixels, labels, _ in steps:
             epoch.tick("data")
             noise = seeded_noise(training)
-            images = model.prepare(pixels)
+            images, is_last = model.prepare(pixels), epoch.step == len(loader) - 1
             epoch.add(train_step(model, training.criterion, training.optimizer, images, labels,
-                                 noise, args.batch_size))  # fmt: skip
+                                 noise, args.batch_size, is_last))  # fmt: skip
             after_step(training, run_folder, stop)
             epoch.tick("step")
         epoch.fetch()

@@ -9,6 +9,7 @@ from utils import UserError
 
 HELD_OUT = "val/"  # begins the names of metrics of held-out classes (--val-classes)
 TERMS = ("metric", "agnostic", "specific", "split")
+AT_THE_HEADS = ("std", "std_specific", *(f"share_{term}" for term in TERMS))  # of the last step
 
 
 class Epoch:
@@ -24,8 +25,7 @@ class Epoch:
 
     def add(self, values):
         """Count a step; values: {term: scalar}, copied because CUDA graphs overwrite them."""
-        self.names = list(values)
-        self.pending.append(torch.stack(list(values.values())))
+        self.pending.append((list(values), torch.stack(list(values.values()))))
         self.step += 1
 
     def tick(self, what=None):
@@ -39,9 +39,10 @@ class Epoch:
         """Add the pending losses to the totals. Every save fetches first, so that nothing is saved
         of a step that is not finite."""
         rows, self.pending, self.fetched = self.pending, [], time.perf_counter()
-        first, rows = self.step - len(rows), torch.stack(rows).double().tolist() if rows else []
-        for step, row in enumerate(rows, first):
-            for name, value in zip(self.names, row):
+        numbers = iter(torch.cat([row for _, row in rows]).double().tolist() if rows else [])
+        for step, (names, _) in enumerate(rows, self.step - len(rows)):
+            for name in names:
+                value = next(numbers)
                 self.require_finite(step, name, value)
                 self.totals[name] = self.totals.get(name, 0.0) + value
 
@@ -72,6 +73,7 @@ def result_of(training, steps, retrieved):
     return {
         "epoch": epoch.number,
         **terms,
+        **{name: epoch.totals[name] for name in AT_THE_HEADS if name in epoch.totals},
         "lr": training.scheduler.get_last_lr()[0],
         "seconds": sum(seconds.values()),
         **{f"seconds_{what}": spent for what, spent in seconds.items()},

@@ -55,7 +55,7 @@ def trained(bn_freeze, disent=True, shard_proxies=False):
         with Operations(look) if shard_proxies else contextlib.nullcontext():
             values = recipe.train_step(
                 model, criterion, training.optimizer, rows_of_this_rank(images),
-                rows_of_this_rank(labels), noise, BATCH,
+                rows_of_this_rank(labels), noise, BATCH, measured=step == STEPS - 1,
             )
         largest.append(values.pop("gradient"))
         found |= {f"{name} {step}": value for name, value in values.items()}

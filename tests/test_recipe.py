@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import losses
 import train
@@ -18,8 +19,8 @@ from recipe import (
     settle_loss,
     train_step,
 )
-from runs.results import Epoch
-from tests.conftest import TINY, fails, make_cub, metrics, run_folder
+from runs.results import AT_THE_HEADS, Epoch
+from tests.conftest import TINY, checkpoint_of, fails, make_cub, metrics, run_folder
 from tests.operations import Waits
 
 
@@ -62,13 +63,60 @@ def test_a_step_of_ddml_never_waits_for_the_device(monkeypatch, flags):
     epoch, labels = Epoch(0, None), torch.arange(4) % 2
     pixels = torch.randint(256, (4, args.image_size, args.image_size, 3), dtype=torch.uint8)
     with Waits() as waits:
-        for _ in range(2):
+        for measured in (False, True):
             noise = loss_noise((4, args.embedding_size), torch.device("cpu"))
-            values = train_step(model, criterion, optimizer, model.prepare(pixels), labels, noise)
-            epoch.add(values)
+            epoch.add(train_step(model, criterion, optimizer, model.prepare(pixels), labels, noise,
+                                 measured=measured))  # fmt: skip
     assert not waits.seen
     epoch.fetch()
     assert epoch.totals["loss"] > 0
+
+
+@pytest.mark.parametrize("flags", ["", "--loss SoftTriple", "--l2-norm 0 --gam 0.1", "--al 0"])
+def test_shares_of_the_gradient_and_stds_are_those_of_the_heads(flags):
+    """Against the gradient of each weighted term alone, by the chain rule from a fresh graph."""
+    args, model, criterion = recipe(f"--al 0.5 {flags}")
+    optimizer, _ = build_optimizer(args, model, criterion)
+    images, labels, noise = torch.randn(4, 3, 32, 32), torch.arange(4) % 2, torch.randn(2, 4, 8)
+    model.train()
+    heads = [head.detach().requires_grad_() for head in model(images)]
+    norms = []
+    for name, weight in (("metric", 1), ("agnostic", args.al), ("specific", args.be),
+                         ("split", args.gam)):  # fmt: skip
+        (weight * criterion(*heads, labels, noise)[1][name]).backward()
+        norms.append(sum(head.grad.square().sum() for head in heads if head.grad is not None)**0.5)
+        for head in heads:
+            head.grad = None
+    values = train_step(model, criterion, optimizer, images, labels, noise, measured=True)
+    shares = torch.stack([values[name] for name in AT_THE_HEADS[2:]])
+    torch.testing.assert_close(shares, torch.stack(norms) / sum(norms), rtol=1e-4, atol=1e-7)
+    assert shares.sum().item() == pytest.approx(1) and (shares[1] == 0) == (args.al == 0)
+    for name, head in zip(("std", "std_specific"), heads):
+        s = head[:, 8:].detach().double()
+        assert values[name].item() == pytest.approx((s - 5).exp().log1p().mean().item(), rel=1e-5)
+        assert not args.l2_norm or 0.0025 < values[name] < 0.018  # |s| <= 1
+
+
+def test_measuring_at_the_heads_changes_no_bit_of_a_run_and_costs_one_step_an_epoch(
+    here, monkeypatch
+):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--LOG_DIR measured"))
+    original = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *args: original(*args[:-1]))
+    train.main(shlex.split(TINY + "--LOG_DIR not"))
+    sides = [next(here.glob(f"{name}/*/*")) for name in ("measured", "not")]
+    assert set(AT_THE_HEADS) < metrics(sides[0])[0].keys() and "std" not in metrics(sides[1])[0]
+    first, second = (torch.load(checkpoint_of(side)) for side in sides)
+    for part in ("model_state_dict", "criterion_state_dict", "optimizer_state_dict"):
+        for a, b in zip(tree_leaves(first[part]), tree_leaves(second[part]), strict=True):
+            assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_a_plain_loss_has_nothing_measured_at_its_heads(here):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--disent False --epochs 1"))
+    assert not set(AT_THE_HEADS) & metrics(run_folder(here))[0].keys()
 
 
 def trainable(model):
@@ -97,13 +145,14 @@ def test_main_wires_the_recipe_into_every_step(here, monkeypatch, flags):
     steps = []
     original = train.train_step
 
-    def spy(model, criterion, optimizer, images, labels, noise, batch_size):
+    def spy(model, criterion, optimizer, images, labels, noise, batch_size, measured):
         before = model.model.conv.weight.detach().clone()
-        values = original(model, criterion, optimizer, images, labels, noise, batch_size)
+        values = original(model, criterion, optimizer, images, labels, noise, batch_size, measured)
         steps.append({
             "lr": [group["lr"] for group in optimizer.param_groups],
             "moved": not torch.equal(before, model.model.conv.weight),
             "images": images, "labels": labels, "noise": noise, "loss": values["loss"].item(),
+            "shares": values.get("share_split"),
             "loss flags": (criterion.metric_loss.margin, criterion.metric_loss.alpha,
                            criterion.al, criterion.be, criterion.gam, model.l2_norm),
         })  # fmt: skip
@@ -123,6 +172,7 @@ def test_main_wires_the_recipe_into_every_step(here, monkeypatch, flags):
     assert [record["lr"] for record in records] == [0.01, 0.005, 0.0025]
     for record, first, second in zip(records, steps[::2], steps[1::2], strict=True):
         assert record["loss"] == pytest.approx((first["loss"] + second["loss"]) / 2)
+        assert first["shares"] is None and record["share_split"] == second["shares"]
     for name in ("images", "noise"):
         assert len({step[name].sum().item() for step in steps}) == 6
     if flags:

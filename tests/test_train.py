@@ -14,7 +14,7 @@ import evaluate
 import train
 from losses import LOSSES, PROXY_LOSSES
 from net.backbones import BACKBONES
-from runs.results import TERMS
+from runs.results import AT_THE_HEADS, TERMS
 from tests import kill
 from tests.conftest import (
     ROOT,
@@ -69,8 +69,8 @@ def test_published_command_trains_and_its_best_checkpoint_evaluates_to_the_same_
     records = metrics(folder)
     assert [record["epoch"] for record in records] == [0, 1]
     for record in records:
-        keys = ["epoch", "loss", *TERMS, "lr", "seconds", "seconds_data", "seconds_step",
-                "seconds_eval", "images_per_second"]  # fmt: skip
+        keys = ["epoch", "loss", *TERMS, *AT_THE_HEADS, "lr", "seconds", "seconds_data",
+                "seconds_step", "seconds_eval", "images_per_second"]  # fmt: skip
         assert list(record) == keys + [f"R@{k}" for k in ks]
         assert all(isinstance(value, (int, float)) for value in record.values())
     described = json.loads((folder / "args.json").read_text())
