@@ -4,7 +4,7 @@ from pathlib import Path
 
 import dataset
 from distributed import init_processes, rank
-from flags import Parser, add_data_flags, add_network_flags, given_flags, parse_stored
+from flags import SWITCH, Parser, add_data_flags, add_network_flags, given_flags, parse_stored
 from loading.loader import Loading, batches, test_loader
 from net import CHOICES, model_name, network_from, state_and_flags
 from net.export import MODEL_FILES, save_model
@@ -14,6 +14,7 @@ from retrieval.metrics import recall_at_k  # noqa: F401 (as an API)
 from retrieval.page import results_page
 from retrieval.search import NEIGHBOURS, neighbours
 from runs.checkpoint import epoch_of
+from runs.diagnosis import check_diagnosis, diagnose_checkpoint, write_diagnosis
 from runs.finish import draw_curves
 from runs.folder import checkpoint_in
 from runs.results import results_of
@@ -35,6 +36,11 @@ def build_parser():
         help="also write embeddings, classes and paths to this .npz, or with hits, neighbours and "
         "the images themselves to this .parquet")  # fmt: skip
     add("--page", metavar="PATH", help="also write a page of queries and neighbours, to look at")
+    add("--diagnose", **SWITCH,
+        help="how training and unseen classes are embedded: numbers, *_diagnosis.png beside the "
+        "checkpoint, and both on the run's page")  # fmt: skip
+    add("--factors", metavar="FILE.csv",
+        help="path and factors of images: --diagnose also probes how well each can be read")
     add("--save-model", metavar="PATH",
         help="also write the network to this .onnx or .pt2: pixels in, embeddings out")  # fmt: skip
     add_data_flags(parser, dataset.canonical_name, dataset.CHOICES, batch_size=150)
@@ -88,7 +94,7 @@ def in_shape_of_results(path, checkpoint, scores):
     return {"chosen_by": chosen_by, "start": None, "chosen": row, "last": None}
 
 
-def write_outputs(args, checkpoint, images, about, scores, retrieved):
+def write_outputs(args, checkpoint, images, about, scores, retrieved, diagnosis):
     """Write the files that flags name."""
     nearest = None  # at SOP's size, searching takes minutes
     if args.page or (args.export or "").lower().endswith(".parquet"):
@@ -109,7 +115,10 @@ def write_outputs(args, checkpoint, images, about, scores, retrieved):
             "checkpoint": args.checkpoint, "epoch": epoch_of(checkpoint),
             **in_shape_of_results(args.checkpoint, checkpoint, scores),
             **facts_of({"test": images}, retrieved.embeddings.device),
+            **({"diagnosis": diagnosis} if diagnosis else {}),
         })  # fmt: skip
+    if diagnosis:
+        write_diagnosis(args.checkpoint, epoch_of(checkpoint), diagnosis, args.page)
 
 
 def main(argv=None):
@@ -117,6 +126,7 @@ def main(argv=None):
     require_writable(args, *OUTPUTS)
     require_format(args, export=EMBEDDING_FILES, save_model=MODEL_FILES)
     device = init_processes(args.gpu_id)
+    check_diagnosis(args)
     set_precision(args.precision)
     model = network_from(
         checkpoint, args.checkpoint, model=args.model, embedding_size=args.embedding_size,
@@ -133,14 +143,17 @@ def main(argv=None):
         save_model(model, args.save_model, next(batches(few, device))[0])
     loader = test_loader(images, args.batch_size, loading)
     ks = dataset.ks(args.dataset, args.ks)
-    retrieved = evaluate(model.to(device), loader, ks, images.queries, args.metrics)
+    model, diagnosis = model.to(device), None
+    if args.diagnose:  # first, as it may refuse
+        diagnosis = diagnose_checkpoint(args, checkpoint, model, images, loading)
+    retrieved = evaluate(model, loader, ks, images.queries, args.metrics)
     if rank():
         return
     scores = {metric: 100 * fraction for metric, fraction in retrieved.scores.items()}
     print(f"{args.checkpoint} {args.remark}".strip())
     for metric, percent in scores.items():
         print(f"{metric} : {percent:.3f}")
-    write_outputs(args, checkpoint, images, about, scores, retrieved)
+    write_outputs(args, checkpoint, images, about, scores, retrieved, diagnosis)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from utils import UserError, progress
 
 SIDE = 112  # pixels of a picture's longer side
 MAX_BYTES = 12 * 10**6  # of all pictures in a page, as text
+DATA_TAG = '<script type="application/json" id="data">'
 
 
 class Pictures:
@@ -52,6 +53,14 @@ def write_page(data):
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     text = json.dumps(data).replace("<", "\\u003c")  # no </script> in a name
     return page.replace("DATA", text, 1).encode()
+
+
+def add_to_page(page, title, lines, picture):
+    """A page's bytes with a section more, of text and a PNG; one of the same title is replaced."""
+    text = page.decode()
+    data = json.loads(text[text.index(DATA_TAG) + len(DATA_TAG) :].partition("</script>")[0])
+    section = {"lines": lines, "picture": base64.b64encode(picture).decode()}
+    return write_page({**data, "sections": {**data.get("sections", {}), title: section}})
 
 
 def search_page(results):

@@ -1,5 +1,7 @@
 """A few queries with their nearest images, as a figure."""
 
+import io
+
 import torch
 
 from retrieval.page import small_picture
@@ -26,3 +28,95 @@ def draw_neighbours(images, similarities, indices, count=8):
             colour, style = ("#008055", "-") if match else ("#c0392b", "--")
             cell.spines[:].set(color=colour, linestyle=style, linewidth=2)
     return figure
+
+
+def draw_diagnosis(diagnosis, title):
+    """Spectra, entropy on the ways between classes, bars of the measures and of the probes, of each
+    head on training and on unseen classes: a PNG's bytes."""
+    from matplotlib.figure import Figure
+
+    probes = diagnosis["probes"]
+    heights = [3.4, 4.6, 1.1 + 0.55 * len(probes)]
+    figure = Figure(figsize=(12, sum(heights)), layout="constrained")
+    lines, bars, probed = figure.subfigures(3, 1, height_ratios=heights)
+    figure.suptitle(f"{title}: N = {diagnosis['images']:,}, {diagnosis['classes']:,} classes of "
+                    f"training and of unseen images each, d = {diagnosis['dimensions']}")
+    draw_lines(lines, diagnosis)
+    draw_bars(bars, diagnosis)
+    draw_probes(probed, diagnosis)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    return picture.getvalue()
+
+
+COLOURS = {"retrieval": "#0060a8", "specific": "#d1600a", "pixels": "#8a8a8a"}
+
+
+def look_of(head, side):
+    """A head is a colour; training is filled and solid, unseen is light and dashed."""
+    unseen = side == "unseen"
+    return f"{head}, {side}", COLOURS[head], "--" if unseen else "-", 0.45 if unseen else 1.0
+
+
+def sides_of(diagnosis):
+    return [(*look_of(head, side), numbers) for head, sides in diagnosis["heads"].items()
+            for side, numbers in sides.items()]  # fmt: skip
+
+
+def draw_lines(figure, diagnosis):
+    panels = {"spectrum": ("spectrum s / sum(s), not centred", "number of singular value"),
+              "centred spectrum": ("the same of centred embeddings", "number of singular value"),
+              "entropy along": ("entropy between two classes (nats)", "on the way, 0 to 1")}
+    sides = sides_of(diagnosis)
+    panels = {name: words for name, words in panels.items() if name in sides[0][-1]}
+    for axes, (name, (title, below)) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for label, colour, style, _, numbers in sides:
+            values = numbers[name]
+            x = torch.arange(1, len(values) + 1)
+            x = (x - 1) / (len(values) - 1) if name == "entropy along" else x
+            axes.plot(x, values, style, color=colour, label=label)
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel(below)
+        axes.grid(alpha=0.3)
+        if name != "entropy along":
+            axes.set(yscale="log", ylim=(1e-6, 1))
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+
+def draw_bars(figure, diagnosis):
+    sides = sides_of(diagnosis)
+    shown = [name for name in diagnosis["definitions"] if name in sides[0][-1]]
+    cells = figure.subplots(2, -(-len(shown) // 2)).flatten()
+    for axes, name in zip(cells, shown):
+        values = [numbers[name] for *_, numbers in sides]
+        places = [i + 0.4 * (i // 2) for i in range(len(values))]
+        for x, value, (_, colour, style, alpha, _) in zip(places, values, sides):
+            axes.bar(x, value, color=colour, alpha=alpha, edgecolor=colour, linestyle=style)
+            axes.annotate(f"{value:.3g}", (x, value), ha="center", fontsize="x-small",
+                          va="bottom" if value >= 0 else "top")  # fmt: skip
+        axes.set_title(name, fontsize="medium")
+        axes.margins(y=0.15)
+        axes.set_xticks([])
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in cells[len(shown) :]:
+        axes.set_visible(False)
+
+
+def draw_probes(figure, diagnosis):
+    probes, names = diagnosis["probes"], ["pixels", *diagnosis["heads"]]
+    axes = figure.subplots()
+    for row, result in enumerate(probes):
+        for i, name in enumerate(names):
+            _, colour, style, alpha = look_of(name, result["side"])
+            y, value = row + 0.8 * ((i + 0.5) / len(names) - 0.5), max(result[name], 0)
+            axes.barh(y, value, 0.8 / len(names), color=colour, alpha=alpha, edgecolor=colour,
+                      linestyle=style, label=name if not row else None)  # fmt: skip
+            axes.annotate(f" {result[name]:.0f}", (value, y), va="center", fontsize="x-small")
+        axes.plot([result["chance"]] * 2, [row - 0.45, row + 0.45], "k", linewidth=2,
+                  label=None if row else "chance")  # fmt: skip
+    axes.set_yticks(range(len(probes)), [f"{p['of']} ({p['kind']}), {p['side']}" for p in probes])
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 105), xlabel="% on held-out images; class: accuracy, number: R²")
+    axes.set_title("linear probes", fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")

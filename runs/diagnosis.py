@@ -1,0 +1,74 @@
+"""evaluate.py --diagnose of a checkpoint: what it was trained on, and where the diagnosis goes."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import dataset
+from distributed import world_size
+from losses import class_proxies
+from recipe import build_criterion
+from retrieval.diagnose import describe_diagnosis, diagnose
+from retrieval.page import add_to_page
+from retrieval.picture import draw_diagnosis
+from retrieval.probes import read_factors
+from runs.checks import hold_out
+from storage import write_atomically
+from utils import UserError, say
+
+
+def check_diagnosis(args):
+    if args.diagnose and world_size() > 1:
+        raise UserError("--diagnose: needs one process; leave torchrun out")
+    if args.factors and not args.diagnose:
+        raise UserError("--factors: needs --diagnose, which probes them")
+
+
+def diagnose_checkpoint(args, checkpoint, model, images, loading):
+    """`diagnose` a network; images: those of the test."""
+    factors = read_factors(args.factors) if args.factors else None
+    both = {"train": trained_images(args, checkpoint), "test": images}
+    proxies = stored_proxies(args.checkpoint, checkpoint, len(both["train"].classes))
+    return diagnose(model, both, loading, args.batch_size, proxies, factors)
+
+
+def trained_images(args, checkpoint):
+    """The ImageSet of the classes that a network was trained on, in the data set of `args`."""
+    theirs = checkpoint.get("args", {})
+    title = dataset.title(args.dataset)
+    if theirs.get("train_on") == "all" or dataset.title(theirs.get("dataset", title)) != title:
+        raise UserError(f"--diagnose: compares training classes with unseen ones, and of {title} "
+                        "this network has all or none in training")  # fmt: skip
+    images = dataset.load(args.dataset, args.data_root, "train")
+    return hold_out(Namespace(**theirs), images)["train"] if theirs.get("val_classes") else images
+
+
+def stored_proxies(path, checkpoint, num_classes):
+    """Proxies [C, d] of the training classes; None, and says so, where there are none."""
+    where = f"{path}: no ways between classes:"
+    if "criterion_state_dict" not in checkpoint:
+        say(f"{where} it has no proxies, a run's *_last.pth has them")
+        return None
+    flags = Namespace(**{**checkpoint["args"], "shard_proxies": False})
+    criterion = build_criterion(flags, num_classes)
+    try:
+        criterion.load_state_dict(checkpoint["criterion_state_dict"])
+        return class_proxies(getattr(criterion, "metric_loss", criterion)).detach()
+    except ValueError:
+        say(f"{where} --loss {flags.loss} has no proxies")
+    except RuntimeError:
+        say(f"{where} its proxies are not those of the {num_classes:,} training classes here")
+
+
+def write_diagnosis(path, epoch, diagnosis, page=None):
+    """Print a checkpoint's diagnosis, and draw it: beside the checkpoint, on the page of its run,
+    and on `page`."""
+    path = Path(path)
+    title = f"Diagnosis of {path.name}" + ("" if epoch is None else f", epoch {epoch}")
+    lines, picture = describe_diagnosis(diagnosis), draw_diagnosis(diagnosis, title)
+    print("\n".join(lines))
+    drawn = path.with_name(f"{path.stem}_diagnosis.png")
+    write_atomically(drawn, picture)
+    print(f"{drawn}: the same, drawn")
+    for file in {path.with_name("page.html").resolve(), Path(page or path).resolve()}:
+        if file.suffix == ".html" and file.exists():
+            write_atomically(file, add_to_page(file.read_bytes(), title, lines, picture))
