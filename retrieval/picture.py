@@ -35,12 +35,12 @@ def draw_diagnosis(diagnosis, title):
     head on training and on unseen classes: a PNG's bytes."""
     from matplotlib.figure import Figure
 
-    probes = diagnosis["probes"]
-    heights = [3.4, 4.6, 1.1 + 0.55 * len(probes)]
+    factors = {probe["of"] for probe in diagnosis["probes"]}
+    heights = [3.4, 4.6, 1.5 + 0.42 * len(factors)]
     figure = Figure(figsize=(12, sum(heights)), layout="constrained")
     lines, bars, probed = figure.subfigures(3, 1, height_ratios=heights)
-    figure.suptitle(f"{title}: N = {diagnosis['images']:,}, {diagnosis['classes']:,} classes of "
-                    f"training and of unseen images each, d = {diagnosis['dimensions']}")
+    figure.suptitle(f"{title}: training and unseen classes, {diagnosis['classes']:,} each with "
+                    f"N = {diagnosis['images']:,} images; d = {diagnosis['dimensions']}")
     draw_lines(lines, diagnosis)
     draw_bars(bars, diagnosis)
     draw_probes(probed, diagnosis)
@@ -64,8 +64,8 @@ def sides_of(diagnosis):
 
 
 def draw_lines(figure, diagnosis):
-    panels = {"spectrum": ("spectrum s / sum(s), not centred", "number of singular value"),
-              "centred spectrum": ("the same of centred embeddings", "number of singular value"),
+    panels = {"spectrum": ("spectrum s / sum(s), not centred", "singular value, by size"),
+              "centred spectrum": ("the same of centred embeddings", "singular value, by size"),
               "entropy along": ("entropy between two classes (nats)", "on the way, 0 to 1")}
     sides = sides_of(diagnosis)
     panels = {name: words for name, words in panels.items() if name in sides[0][-1]}
@@ -92,7 +92,8 @@ def draw_bars(figure, diagnosis):
         places = [i + 0.4 * (i // 2) for i in range(len(values))]
         for x, value, (_, colour, style, alpha, _) in zip(places, values, sides):
             axes.bar(x, value, color=colour, alpha=alpha, edgecolor=colour, linestyle=style)
-            axes.annotate(f"{value:.3g}", (x, value), ha="center", fontsize="x-small",
+            text = f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
+            axes.annotate(text, (x, value), ha="center", fontsize="x-small",
                           va="bottom" if value >= 0 else "top")  # fmt: skip
         axes.set_title(name, fontsize="medium")
         axes.margins(y=0.15)
@@ -103,20 +104,28 @@ def draw_bars(figure, diagnosis):
 
 
 def draw_probes(figure, diagnosis):
-    probes, names = diagnosis["probes"], ["pixels", *diagnosis["heads"]]
-    axes = figure.subplots()
-    for row, result in enumerate(probes):
-        for i, name in enumerate(names):
-            _, colour, style, alpha = look_of(name, result["side"])
-            y, value = row + 0.8 * ((i + 0.5) / len(names) - 0.5), max(result[name], 0)
-            axes.barh(y, value, 0.8 / len(names), color=colour, alpha=alpha, edgecolor=colour,
-                      linestyle=style, label=name if not row else None)  # fmt: skip
-            axes.annotate(f" {result[name]:.0f}", (value, y), va="center", fontsize="x-small")
-        axes.plot([result["chance"]] * 2, [row - 0.45, row + 0.45], "k", linewidth=2,
-                  label=None if row else "chance")  # fmt: skip
-    axes.set_yticks(range(len(probes)), [f"{p['of']} ({p['kind']}), {p['side']}" for p in probes])
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 105), xlabel="% on held-out images; class: accuracy, number: R²")
-    axes.set_title("linear probes", fontsize="medium")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+    names, probes = ["pixels", *diagnosis["heads"]], diagnosis["probes"]
+    factors = list(dict.fromkeys((probe["of"], probe["kind"]) for probe in probes))
+    sides = [side for side in diagnosis["heads"]["retrieval"]
+             if any(probe["side"] == side for probe in probes)]  # fmt: skip
+    cells = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
+    for axes, side in zip(cells, sides):
+        for result in (probe for probe in probes if probe["side"] == side):
+            row = factors.index((result["of"], result["kind"]))
+            for i, name in enumerate(names):
+                _, colour, style, alpha = look_of(name, side)
+                y, value = row + 0.8 * ((i + 0.5) / len(names) - 0.5), max(result[name], 0)
+                axes.barh(y, value, 0.8 / len(names), color=colour, alpha=alpha, edgecolor=colour,
+                          linestyle=style)  # fmt: skip
+                axes.annotate(f" {round(result[name])}", (value, y), va="center",
+                              fontsize="x-small")  # fmt: skip
+            axes.vlines(result["chance"], row - 0.45, row + 0.45, "k", linewidth=2)
+        axes.set(xlim=(0, 108), ylim=(len(factors) - 0.4, -0.6), yticks=range(len(factors)),
+                 yticklabels=[f"{name} ({kind})" for name, kind in factors],
+                 xlabel="% on held-out images; class: accuracy, number: R²")  # fmt: skip
+        axes.set_title(f"linear probes, {side} classes", fontsize="medium")
+        axes.spines[["top", "right"]].set_visible(False)
+    for name in names:  # for the legend alone
+        axes.barh(0, 0, color=COLOURS[name], label=name)
+    axes.plot([], [], "k", linewidth=2, label="chance")
+    figure.legend(loc="outside lower center", ncols=4)
