@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from dataset.images import ImageSet
 from loading.loader import batches, test_loader
 from losses import l2_normalize, standard_deviation
+from retrieval.embed import require_finite
 from retrieval.metrics import fractions, hits_at_k, precision_at_r
 from retrieval.probes import factors_of, probes
 from retrieval.structure import alignment, density, effective_rank, rho, spectrum, uniformity, walks
@@ -79,6 +80,7 @@ def embed_heads(model, loader):
                 std, _ = standard_deviation(head[:, model.embedding_size :])
                 stds[name].append(std.mean(dim=1))
     embeddings = {name: torch.cat(part) for name, part in parts.items()}
+    require_finite(torch.cat(list(embeddings.values())))
     return embeddings, {name: torch.cat(part).mean() for name, part in stds.items()}, torch.cat(raw)
 
 
@@ -124,10 +126,13 @@ def diagnose(model, images, loading, batch_size, proxies=None, factors=None):
         features = {name: x.cpu().numpy() for name, x in features.items()}
         class_names = {"class": np.array(sample.classes)[sample.labels]} if side == "unseen" else {}
         found += probes(features, class_names | tables[side], side)
+    gap = {name: {score: both["training"][score] - both["unseen"][score]
+                  for score in ("R@1", "MAP@R")} for name, both in heads.items()}  # fmt: skip
     return {
         "images": len(sample), "classes": len(sample.classes),
         "training classes": len(images["train"].classes), "dimensions": model.embedding_size,
-        "definitions": MEASURES, "heads": dict(heads), "probes": found,
+        "definitions": MEASURES, "heads": dict(heads), "gap": gap,
+        "probes": found,
     }  # fmt: skip
 
 

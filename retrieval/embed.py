@@ -17,6 +17,10 @@ def embed(model, batches):
             embeddings.append(model.embed(model.prepare(pixels)))
             labels.append(targets)
     embeddings = torch.cat(embeddings)
+    require_finite(embeddings)
+    return embeddings, torch.cat(labels)
+
+
+def require_finite(embeddings):
     if not embeddings.isfinite().all():
         raise UserError("the network's embeddings are not all finite: its weights are of no use")
-    return embeddings, torch.cat(labels)

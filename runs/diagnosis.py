@@ -34,10 +34,10 @@ def diagnose_checkpoint(args, checkpoint, model, images, loading):
 def trained_images(args, checkpoint):
     """The ImageSet of the classes that a network was trained on, in the data set of `args`."""
     theirs = checkpoint.get("args", {})
-    title = dataset.title(args.dataset)
-    if theirs.get("train_on") == "all" or dataset.title(theirs.get("dataset", title)) != title:
-        raise UserError(f"--diagnose: compares training classes with unseen ones, and of {title} "
-                        "this network has all or none in training")  # fmt: skip
+    trained, title = theirs.get("dataset", args.dataset), dataset.title(args.dataset)
+    if theirs.get("train_on") == "all" or dataset.title(trained) != title:
+        raise UserError("--diagnose: compares training classes with unseen ones, and this network "
+                        f"was trained on all classes of {title}, or on none")  # fmt: skip
     images = dataset.load(args.dataset, args.data_root, "train")
     return hold_out(Namespace(**theirs), images)["train"] if theirs.get("val_classes") else images
 

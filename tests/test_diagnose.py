@@ -244,6 +244,8 @@ def test_heads_and_stds_are_those_of_the_network_on_the_images_of_each_side(trai
     heads, model = written["diagnosis"]["heads"], load_model(last)
     assert heads["retrieval"]["unseen"]["R@1"] == written["R@1"]  # all images are in the sample
     assert heads["retrieval"]["unseen"]["MAP@R"] == pytest.approx(written["MAP@R"])
+    gap = written["diagnosis"]["gap"]["retrieval"]["R@1"]
+    assert gap == heads["retrieval"]["training"]["R@1"] - written["R@1"]
     checkpoint = torch.load(last)
     flags = train.build_parser().parse_args([])
     vars(flags).update(checkpoint["args"])
@@ -296,6 +298,11 @@ def test_what_cannot_be_diagnosed_or_probed_ends_in_one_line(trained, capsys):
     ):
         table.write_text(text)
         assert reason in line(f"--factors {table}")
+    damaged = torch.load(checkpoint_of(trained))
+    damaged["model_state_dict"]["model.embedding.weight"][0] = math.nan
+    torch.save(damaged, "nan.pth")
+    found = fails("nan.pth --workers 0 --diagnose", capsys, evaluate.main)
+    assert "embeddings are not all finite" in found
     make_cub(Path("other"), "cars/car_ims")
     assert "--diagnose: compares" in line("--dataset folder --data-root other/cars/car_ims")
     flags = f"'{trained}' --workers 0 --factors {table}"
