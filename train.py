@@ -120,7 +120,7 @@ def load_images(args):
     images = {"train": train}
     if args.val_classes:  # test images are not needed before the end
         images = hold_out(args, train)
-        if not {"test", "query"} & splits.keys():
+        if not (splits.get("test") or splits.get("query")):
             warn(f"{name}: there are no test images, which the end of this run will evaluate")
     elif args.train_on == "train":
         images["test"] = dataset.image_set(args.dataset, splits, "test")

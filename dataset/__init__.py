@@ -79,7 +79,9 @@ def load(name, root, split, transform=None):
 def image_set(name, splits, split, transform=None):
     """`load` for what `read` returned."""
     has_gallery = split == "test" and "gallery" in splits
-    parts = ["query", "gallery"] if has_gallery else list(splits) if split == "all" else [split]
+    parts = ["query", "gallery"] if has_gallery else [split]
+    if split == "all":
+        parts = [part for part in splits if splits[part]] or ["train"]
     items = [images_on_disk(name, splits, part) for part in parts]
     images = ImageSet(sum(items, []), transform, len(items[0]) if has_gallery else None)
     if hasattr(module_of(name), "OWN"):
@@ -91,8 +93,9 @@ def images_on_disk(name, splits, part):
     items, missing = on_disk(splits.get(part, ()))
     if not items:
         reason = f": none of the listed files is there, such as {missing[0]}" if missing else ""
-        if part not in splits:
-            reason = f", only {' and '.join(splits)}; add some"
+        others = [name for name in splits if splits[name]]
+        if others and not splits.get(part):
+            reason = f", only {' and '.join(others)}; add some"
             reason += ", or use --train-on all" if part == "test" else ""
         raise UserError(f"{name} {part}: there are no images{reason}")
     if difference := difference_from_published(name, part, items):

@@ -2,7 +2,7 @@
 
 from scipy.io import loadmat
 
-from dataset.files import below, class_folders, first_existing, halves
+from dataset.files import below, by_class, class_folders, first_existing
 from utils import UserError
 
 KS = (1, 2, 4, 8, 16, 32)
@@ -21,7 +21,8 @@ LAYOUTS = ("cars_annos.mat", f"devkit/{TRAIN_LIST}", "car_data/car_data/train", 
 
 
 def read(root):
-    """The first half of the classes trains, whichever of the published folders an image is in."""
+    """The classes numbered 1 to 98 train, however many of them are there, whichever of the
+    published folders an image is in."""
     candidates = [f"{folder}/{layout}" for folder in FOLDERS for layout in LAYOUTS]
     found = first_existing(root, candidates, "cars")
     if found.name == "cars_annos.mat":
@@ -36,7 +37,9 @@ def read(root):
         items = class_folders(found)
         if (found.parent / "test").is_dir():
             items += class_folders(found.parent / "test")
-    return halves(items, found)
+        # names without numbers: classes 1 to 98 end in Eagle Talon, 99 to 196 are FIAT and after
+        return by_class(items, lambda name: name < "F")
+    return by_class(items, lambda name: int(name.split()[0]) <= 98)
 
 
 def read_mat(files, images, path, label):

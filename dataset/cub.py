@@ -1,6 +1,9 @@
 """CUB-200-2011 (Wah et al., 2011): 200 bird species, a folder each."""
 
-from dataset.files import class_folders, first_existing, halves
+import re
+
+from dataset.files import by_class, class_folders, first_existing
+from utils import UserError
 
 KS = (1, 2, 4, 8, 16, 32)
 PUBLISHED = {"train": (5864, 100), "test": (5924, 100)}  # images, classes
@@ -12,5 +15,16 @@ FILES = {
 
 
 def read(root):
+    """The classes numbered 1 to 100 train, however many of them are there."""
     folder = first_existing(root, ("CUB_200_2011/images", "cub/images"), "cub")
-    return halves(class_folders(folder), folder)
+    return by_class(class_folders(folder), lambda name: number_of(folder / name) <= 100)
+
+
+def number_of(folder):
+    """A class's number, with which the name of its folder begins."""
+    digits = re.match("[0-9]+", folder.name)
+    if not digits:
+        raise UserError(f"{folder}: CUB's folders are named as in 001.Black_footed_Albatross, and "
+                        "the number says which classes train; rename it or move it away, or use "
+                        "--dataset folder for images of your own")  # fmt: skip
+    return int(digits[0])

@@ -140,8 +140,12 @@ def halves(items, source):
     if len(classes) < 2:
         raise UserError(f"{source}: needs images of at least two classes (half of them train, half "
                         f"test), found {len(classes)}")  # fmt: skip
-    train = set(classes[: len(classes) // 2])
+    return by_class(items, set(classes[: len(classes) // 2]).__contains__)
+
+
+def by_class(items, trains):
+    """{split: items}: classes for whose name `trains` is true are train, the others test."""
     return {
-        "train": [item for item in items if item[1] in train],
-        "test": [item for item in items if item[1] not in train],
+        "train": [item for item in items if trains(item[1])],
+        "test": [item for item in items if not trains(item[1])],
     }

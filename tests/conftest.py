@@ -51,14 +51,20 @@ def encoded(suffix, seed, mode):
     return file.getvalue()
 
 
+def numbers(classes, last):
+    """Numbers of classes, half of them up to `last`: those train, the others test."""
+    train = classes // 2
+    return [*range(1, train + 1), *range(last + 1, last + 1 + classes - train)]
+
+
 def make_cub(root, folder="CUB_200_2011/images", classes=4):
     """As extracted: a folder per class; one image is grayscale, one file a Mac leftover."""
     images = Path(root, folder)
-    for c in range(classes):
+    for c, number in enumerate(numbers(classes, 100)):
         for i in range(PER_CLASS):
-            name = images / f"{c + 1:03d}.Bird_{c}" / f"Bird_{i:04d}.jpg"
+            name = images / f"{number:03d}.Bird_{c}" / f"Bird_{i:04d}.jpg"
             write_image(name, seed=100 * c + i, mode="L" if (c, i) == (1, 2) else "RGB")
-    (images / "001.Bird_0" / "._Bird_0000.jpg").write_bytes(b"Mac OS X")
+    next(images.iterdir()).joinpath("._Bird_0000.jpg").write_bytes(b"Mac OS X")
     return root
 
 
@@ -75,8 +81,9 @@ def make_cars(root, folder=".", classes=4):
     for i in range(PER_CLASS * classes):
         name = f"car_ims/{i + 1:06d}.jpg"
         write_image(folder / name, seed=i, mode="L" if i == 3 else "RGB")
+        number = numbers(classes, 98)[i % classes]
         rows.append({"relative_im_path": name, "bbox_x1": 1, "bbox_y1": 1, "bbox_x2": 9,
-                     "bbox_y2": 9, "class": i % classes + 1, "test": i % 2})  # fmt: skip
+                     "bbox_y2": 9, "class": number, "test": i % 2})  # fmt: skip
     savemat(folder / "cars_annos.mat", {"annotations": _structs(rows)})
     return root
 
@@ -94,14 +101,15 @@ def make_cars_devkit(root, folder=".", classes=4):
             name = f"{i + 1:05d}.jpg"
             write_image(folder / f"cars_{half}" / name, seed=i)
             rows.append({"bbox_x1": 1, "bbox_y1": 1, "bbox_x2": 9, "bbox_y2": 9,
-                         "class": i % classes + 1, "fname": name})  # fmt: skip
+                         "class": numbers(classes, 98)[i % classes], "fname": name})  # fmt: skip
         savemat(folder / "devkit" / annotations, {"annotations": _structs(rows)})
     return root
 
 
 def make_cars_folders(root, folder="car_data", classes=4):
     """A folder per class in train/ and again in test/."""
-    names = ["AM General Hummer SUV 2000", "Acura Integra Type R 2001", "BMW M3 2012", "smart"]
+    names = ["AM General Hummer SUV 2000", "Eagle Talon Hatchback 1998", "FIAT 500 Abarth 2012",
+             "smart fortwo Convertible 2012"]  # fmt: skip
     for c, name in enumerate(names[:classes]):
         for i in range(PER_CLASS):
             half = "train" if i % 2 else "test"

@@ -202,9 +202,9 @@ FIELDS = {name: 1 for name in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "clas
 TREES = [
     # (data set, how its tree is made)                        the line has
     (("cub", lambda root: None),                              "tried"),
-    (("cub", lambda root: make_cub(root, classes=1)),         "at least two classes"),
+    (("cub", lambda root: make_cub(root, classes=1)),         "train: there are no images, only"),
     (empty("CUB_200_2011/images", "cub"),                     "images: Not a directory"),
-    (without(make_cub, "CUB_200_2011/images", "cub"),         "at least two classes"),
+    (without(make_cub, "CUB_200_2011/images", "cub"),         "cub train: there are no images"),
     (without(make_sop, f"{SOP}/Ebay_test.txt", "SOP"),        "Ebay_test.txt"),
     (sop_list(""),                                            "SOP train: there are no images"),
     (sop_list("1 1 1\n"),                                     "Ebay_train.txt, line 2: must"),

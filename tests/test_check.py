@@ -29,7 +29,7 @@ def test_check_of_a_sound_data_set_finds_nothing(tmp_path, monkeypatch, capsys):
 
 def test_check_lists_all_problems_at_once_with_their_paths(tmp_path, capsys):
     images = make_cub(tmp_path) / "CUB_200_2011/images"
-    torn, empty = images / "001.Bird_0/Bird_0003.jpg", images / "004.Bird_3/Bird_0001.jpg"
+    torn, empty = images / "001.Bird_0/Bird_0003.jpg", images / "102.Bird_3/Bird_0001.jpg"
     torn.write_bytes(torn.read_bytes()[:500])
     empty.write_bytes(b"")
     first, second, twin = sorted(images.glob("*/Bird_0000.jpg"))[:3]

@@ -1,5 +1,6 @@
 """Every layout a data set comes in, every kind of image file, and seeded randomness."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,7 +68,7 @@ def test_layout_loads_with_its_halves_of_the_classes(tmp_path, name, make, folde
 
 
 # a row of cells, as in the distributed .mat files
-CAR_NAMES = {"class_names": np.array([["AM Hummer", "Acura TL", "BMW M3", "smart"]], dtype=object)}
+CAR_NAMES = {"class_names": np.array([[f"car {c}" for c in range(1, 197)]], dtype=object)}
 
 
 def named_cars(root):
@@ -80,13 +81,13 @@ def named_cars_devkit(root):
 
 
 @pytest.mark.parametrize("name, make, train, test", [
-    ("cub", make_cub, ["001.Bird_0", "002.Bird_1"], ["003.Bird_2", "004.Bird_3"]),
-    ("cars", make_cars, ["001", "002"], ["003", "004"]),
-    ("cars", make_cars_devkit, ["001", "002"], ["003", "004"]),
-    ("cars", named_cars, ["001 AM Hummer", "002 Acura TL"], ["003 BMW M3", "004 smart"]),
-    ("cars", named_cars_devkit, ["001 AM Hummer", "002 Acura TL"], ["003 BMW M3", "004 smart"]),
-    ("cars", make_cars_folders, ["AM General Hummer SUV 2000", "Acura Integra Type R 2001"],
-     ["BMW M3 2012", "smart"]),
+    ("cub", make_cub, ["001.Bird_0", "002.Bird_1"], ["101.Bird_2", "102.Bird_3"]),
+    ("cars", make_cars, ["001", "002"], ["099", "100"]),
+    ("cars", make_cars_devkit, ["001", "002"], ["099", "100"]),
+    ("cars", named_cars, ["001 car 1", "002 car 2"], ["099 car 99", "100 car 100"]),
+    ("cars", named_cars_devkit, ["001 car 1", "002 car 2"], ["099 car 99", "100 car 100"]),
+    ("cars", make_cars_folders, ["AM General Hummer SUV 2000", "Eagle Talon Hatchback 1998"],
+     ["FIAT 500 Abarth 2012", "smart fortwo Convertible 2012"]),
     ("SOP", make_sop, ["00001", "00002", "00003", "00004"], ["00005", "00006", "00007", "00008"]),
 ])  # fmt: skip
 def test_class_names_are_kept_in_order(tmp_path, name, make, train, test):
@@ -94,9 +95,33 @@ def test_class_names_are_kept_in_order(tmp_path, name, make, train, test):
     assert [images.classes for images in halves(name, tmp_path)] == [train, test]
 
 
+@pytest.mark.parametrize("name, make, unseen", [
+    ("cub", make_cub, {"101.Bird_2", "102.Bird_3"}),
+    ("cars", make_cars_folders, {"FIAT 500 Abarth 2012", "smart fortwo Convertible 2012"}),
+])  # fmt: skip
+def test_a_subset_keeps_the_published_split(tmp_path, capsys, name, make, unseen):
+    for path in list(make(tmp_path).rglob("*")):  # all but one of the classes that train
+        if path.is_dir() and path.name.startswith(("001", "AM General")):
+            shutil.rmtree(path)
+    train, test = halves(name, tmp_path)
+    assert len(train.classes) == 1 and set(test.classes) == unseen
+    for path in list(tmp_path.rglob(f"{train.classes[0]}/*")):
+        path.unlink()
+    with pytest.raises(UserError, match=f"{name} train: there are no images, only test; add some"):
+        dataset.load(name, tmp_path, "train")
+    assert set(dataset.load(name, tmp_path, "test").classes) == unseen
+    assert set(dataset.load(name, tmp_path, "all").classes) == unseen
+
+
+def test_a_class_of_cub_without_a_number_is_named(tmp_path):
+    write_image(make_cub(tmp_path) / "CUB_200_2011/images/Crow/a.jpg", seed=0)
+    with pytest.raises(UserError, match="images/Crow: CUB's folders are named as in 001.Black"):
+        dataset.load("cub", tmp_path, "test")
+
+
 @pytest.mark.parametrize("name, make, class_of", [
     ("cub", make_cub, lambda path: path.parent.name),
-    ("cars", make_cars, lambda path: f"{(int(path.stem) - 1) % 4 + 1:03d}"),
+    ("cars", make_cars, lambda path: ["001", "002", "099", "100"][(int(path.stem) - 1) % 4]),
     ("cars", make_cars_folders, lambda path: path.parent.name),
     ("SOP", make_sop, lambda path: path.stem.split("_")[0].zfill(5)),
 ])  # fmt: skip
