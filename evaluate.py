@@ -1,14 +1,19 @@
-"""Recall@K of a checkpoint, or of a run folder's best one: python evaluate.py CHECKPOINT"""
+"""Recall@K of a checkpoint, or of a run folder's best one: python evaluate.py CHECKPOINT
+
+Of several, such as the folds of one data set: of each, and of their embeddings concatenated.
+"""
 
 from pathlib import Path
+from statistics import mean
 
 import dataset
+from dataset.images import union
 from distributed import init_processes, rank
-from flags import SWITCH, Parser, add_data_flags, add_network_flags, given_flags, parse_stored
+from flags import SWITCH, Parser, add_data_flags, add_network_flags
 from loading.loader import Loading, batches, test_loader
-from net import CHOICES, model_name, network_from, state_and_flags
+from net import CHOICES, concatenate, model_name
 from net.export import MODEL_FILES, save_model
-from retrieval.evaluate import describe, evaluate
+from retrieval.evaluate import describe, evaluate, retrieve
 from retrieval.export import EMBEDDING_FILES, export
 from retrieval.metrics import recall_at_k  # noqa: F401 (as an API)
 from retrieval.page import results_page
@@ -16,19 +21,19 @@ from retrieval.search import NEIGHBOURS, neighbours
 from runs.checkpoint import epoch_of
 from runs.diagnosis import check_diagnosis, diagnose_checkpoint, write_diagnosis
 from runs.finish import draw_curves
-from runs.folder import checkpoint_in
-from runs.results import results_of
+from runs.results import remarks_on_images, results_of
+from runs.sources import network_of, resolve_flags
 from runs.start import facts_of
-from storage import read_checkpoint, require_format, require_writable, write_atomically, write_json
-from utils import UserError, run, say, set_precision, warn
+from storage import require_format, require_writable, write_atomically, write_json
+from utils import UserError, run, say, set_precision
 
 OUTPUTS = ("json", "export", "page", "save_model")  # flags that name a file to write
 
 
 def build_parser():
-    parser = Parser(description=__doc__)
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="train.py's or a published one, or a run folder")
+    add("checkpoint", nargs="*", help="train.py's or published ones, or run folders")
     add("--resume", metavar="CHECKPOINT", help="the same, as the published script has it")
     add("--remark", default="", metavar="TEXT", help="printed with the result")
     add("--json", metavar="PATH", help="also write the metrics, in per cent, to this file")
@@ -48,41 +53,45 @@ def build_parser():
     return parser
 
 
-def resolve_flags(parser, argv):
-    """(flags, checkpoint). A flag comes from the command line, else from the checkpoint's flags,
-    else from the shapes of its weights, else from the default."""
-    args, given = given_flags(parser, argv)
-    if bool(args.checkpoint) == bool(args.resume):
-        parser.error("name one checkpoint or run folder")
-    path = checkpoint_in(args.checkpoint or args.resume)
-    checkpoint = read_checkpoint(path)
-    _, theirs = state_and_flags(checkpoint, path)
-    if theirs.get("train_on") == "all" and not {"dataset", "data_root"} & given.keys():
-        raise UserError(f"{path}: trained on all classes of {theirs['dataset']}, so that none are "
-                        "left to test it on; name another data set with --dataset, or, for its "
-                        "exports, its own with --data-root")  # fmt: skip
-    unused = {*OUTPUTS, "checkpoint", "resume", "gpu_id", "workers", "remark"}
-    if given.get("dataset", theirs.get("dataset")) != theirs.get("dataset"):
-        unused |= {"ks", "data_root"}
-    kept = vars(args).keys() - unused
-    stored = {flag: value for flag, value in theirs.items() if flag in kept}
-    args = parse_stored(parser, stored, path)
-    vars(args).update(given, checkpoint=path)
-    if "dataset" in theirs:
-        trained, tested = images_of(theirs), images_of(vars(args))
-        if trained != tested:
-            say(f"{path}: trained on {trained}, tested on {tested}")
-        elif theirs.get("train_on") == "all":
-            warn(f"{path} was trained on all classes of {args.dataset}: its recall here says "
-                 "nothing about unseen ones")  # fmt: skip
-    return args, checkpoint
+def save_networks(path, models, images, loadings):
+    """Write the networks as one. They see the same pixels."""
+    if len({(loading.size, loading.interpolation) for loading in loadings}) > 1:
+        raise UserError(f"--save-model {path}: these networks take images of different sizes, or "
+                        "resized in different ways; save one at a time")  # fmt: skip
+    few = test_loader(images, 8, loadings[0]._replace(workers=0))
+    save_model(models, path, next(batches(few, loadings[0].device))[0])
 
 
-def images_of(flags):
-    """The data set's name, and of one's own images, the path."""
-    own = getattr(dataset.module_of(flags["dataset"]), "OWN", None)
-    place = f" ({Path(flags[own]).resolve()})" if own in flags else ""
-    return f"{dataset.title(flags['dataset'])}{place}"
+def evaluate_all(sources, models, images, loadings):
+    """([(title, {metric: per cent})], Retrieved): a row for each network. Of several also their
+    mean and their concatenation, which is what Retrieved is of."""
+    args, rows, found = sources[0][0], [], []
+    asked = dataset.ks(args.dataset, args.ks), images.queries, args.metrics
+
+    def report(title, scores):
+        rows.append((title, scores))
+        if rank() == 0:
+            print(f"{title} {args.remark}".strip())
+            for metric, percent in scores.items():
+                print(f"{metric} : {percent:.3f}")
+
+    for (flags, _), model, loading in zip(sources, models, loadings):
+        set_precision(flags.precision)
+        loader = test_loader(images, args.batch_size, loading)
+        found.append(evaluate(model.to(loading.device), loader, *asked))
+        report(flags.checkpoint, in_percent(found[-1]))
+    if len(found) == 1:
+        return rows, found[0]
+    means = {metric: mean(scores[metric] for _, scores in rows) for metric in rows[0][1]}
+    report(f"mean of {len(found)}", means)
+    embeddings = concatenate([each.embeddings for each in found])
+    whole = retrieve(embeddings, images.labels.to(embeddings.device), *asked)
+    report(f"concatenation of {len(found)}", in_percent(whole))
+    return rows, whole
+
+
+def in_percent(retrieved):
+    return {metric: 100 * fraction for metric, fraction in retrieved.scores.items()}
 
 
 def in_shape_of_results(path, checkpoint, scores):
@@ -94,66 +103,73 @@ def in_shape_of_results(path, checkpoint, scores):
     return {"chosen_by": chosen_by, "start": None, "chosen": row, "last": None}
 
 
-def write_outputs(args, checkpoint, images, about, scores, retrieved, diagnosis):
+def for_json(sources, rows, facts):
+    """What --json has; of several checkpoints, of their concatenation, which has no epoch."""
+    (args, checkpoint), (_, scores) = sources[0], rows[-1]
+    paths, several = args.checkpoint, {}
+    if len(sources) > 1:
+        separated = [{"checkpoint": flags.checkpoint, "epoch": epoch_of(each), "metrics": metrics}
+                     for (flags, each), (_, metrics) in zip(sources, rows)]  # fmt: skip
+        several = {"separated": separated, "mean": rows[-2][1]}
+        paths, checkpoint = [each["checkpoint"] for each in separated], {}
+    return {
+        **scores, "dataset": args.dataset, "data_root": args.data_root, "split": "test",
+        "checkpoint": paths, "epoch": epoch_of(checkpoint),
+        **in_shape_of_results(paths, checkpoint, scores), **several, **facts,
+    }  # fmt: skip
+
+
+def write_outputs(sources, images, about, rows, facts, retrieved):
     """Write the files that flags name."""
-    nearest = None  # at SOP's size, searching takes minutes
+    (args, checkpoint), nearest = sources[0], None  # at SOP's size, searching takes minutes
     if args.page or (args.export or "").lower().endswith(".parquet"):
         nearest = neighbours(retrieved.embeddings, NEIGHBOURS, images.queries)
     if args.export:
         export(args.export, images, retrieved, nearest)
     if args.page:
-        history = checkpoint.get("history")
+        history = checkpoint.get("history") if len(sources) == 1 else None
         curves = draw_curves(history) if history else None
-        head = {"title": args.checkpoint, "about": about, "curves": curves,
-                "metrics": [("this evaluation", scores)]}  # fmt: skip
+        titled = rows if len(rows) > 1 else [("this evaluation", rows[0][1])]
+        head = {"title": rows[-1][0], "about": about, "curves": curves, "metrics": titled}
         page = results_page(head, images, retrieved.hits, nearest)
         write_atomically(Path(args.page).resolve(), page)
         print(f"{args.page}: to look at in a browser")
     if args.json:
-        write_json(Path(args.json).resolve(), {
-            **scores, "dataset": args.dataset, "data_root": args.data_root, "split": "test",
-            "checkpoint": args.checkpoint, "epoch": epoch_of(checkpoint),
-            **in_shape_of_results(args.checkpoint, checkpoint, scores),
-            **facts_of({"test": images}, retrieved.embeddings.device),
-            **({"diagnosis": diagnosis} if diagnosis else {}),
-        })  # fmt: skip
-    if diagnosis:
-        write_diagnosis(args.checkpoint, epoch_of(checkpoint), diagnosis, args.page)
+        write_json(Path(args.json).resolve(), for_json(sources, rows, facts))
 
 
 def main(argv=None):
-    args, checkpoint = resolve_flags(build_parser(), argv)
+    sources = resolve_flags(build_parser(), argv, OUTPUTS)
+    args, checkpoint = sources[0]
     require_writable(args, *OUTPUTS)
     require_format(args, export=EMBEDDING_FILES, save_model=MODEL_FILES)
     device = init_processes(args.gpu_id)
-    check_diagnosis(args)
-    set_precision(args.precision)
-    model = network_from(
-        checkpoint, args.checkpoint, model=args.model, embedding_size=args.embedding_size,
-        l2_norm=args.l2_norm, precision=args.precision,
-    )  # fmt: skip
-    model.num_features(args.image_size)  # ends here where the network cannot take it
-
+    check_diagnosis(args, sources)
+    models = [network_of(*source) for source in sources]
+    loadings = [Loading(flags.image_size, args.workers, device, model.interpolation)
+                for (flags, _), model in zip(sources, models)]  # fmt: skip
     images = dataset.load(args.dataset, args.data_root, "test")
     about = describe(f"{dataset.title(args.dataset)} test", images)
     say(about)
-    loading = Loading(args.image_size, args.workers, device, model.interpolation)
     if args.save_model and rank() == 0:
-        few = test_loader(images, 8, loading._replace(workers=0))
-        save_model(model, args.save_model, next(batches(few, device))[0])
-    loader = test_loader(images, args.batch_size, loading)
-    ks = dataset.ks(args.dataset, args.ks)
-    model, diagnosis = model.to(device), None
+        save_networks(args.save_model, models, images, loadings)
+    diagnosis = {}
     if args.diagnose:  # first, as it may refuse
-        diagnosis = diagnose_checkpoint(args, checkpoint, model, images, loading)
-    retrieved = evaluate(model, loader, ks, images.queries, args.metrics)
+        set_precision(args.precision)
+        model = models[0].to(device)
+        diagnosis = diagnose_checkpoint(args, checkpoint, model, images, loadings[0])
+    rows, retrieved = evaluate_all(sources, models, images, loadings)
     if rank():
         return
-    scores = {metric: 100 * fraction for metric, fraction in retrieved.scores.items()}
-    print(f"{args.checkpoint} {args.remark}".strip())
-    for metric, percent in scores.items():
-        print(f"{metric} : {percent:.3f}")
-    write_outputs(args, checkpoint, images, about, scores, retrieved, diagnosis)
+    known = union([checkpoint.get("trained_on") for _, checkpoint in sources])
+    facts = facts_of({"test": images}, device, known)
+    facts |= {"diagnosis": diagnosis} if diagnosis else {}
+    remarks = remarks_on_images(facts["images"])
+    for line in remarks:
+        print(line)
+    write_outputs(sources, images, " ".join([about, *remarks]), rows, facts, retrieved)
+    if diagnosis:
+        write_diagnosis(args.checkpoint, epoch_of(checkpoint), diagnosis, args.page)
 
 
 if __name__ == "__main__":

@@ -148,6 +148,7 @@ class Training:
         self.optimizer, self.scheduler = build_optimizer(args, model, criterion)
         self.history = []  # of finished epochs, what metrics.jsonl has
         self.start = None  # {metric: per cent} before the first epoch
+        self.trained_on = None  # dataset.images.trained_on, on rank 0
         self.epoch = None  # the runs.results.Epoch under way
 
 

@@ -1,11 +1,15 @@
-"""The images of one split."""
+"""The images of one split, and whether a network was trained on them."""
 
 import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
 from dataset.files import read_image
+from utils import progress
 
 
 class ImageSet(Dataset):
@@ -59,3 +63,35 @@ def digest_of_names(sets):
             name = f"{'/'.join(path.split('/')[-2:])} {class_name}\n"
             digest.update(name.encode(errors="replace"))
     return digest.hexdigest()
+
+
+def digests_of_files(paths):
+    """int64 [N]: the first 8 bytes of the SHA-256 of each file's content."""
+
+    def digest(path):  # opening a pipe would wait forever
+        data = Path(path).read_bytes() if os.path.isfile(path) else b""
+        return int.from_bytes(hashlib.sha256(data).digest()[:8], "big", signed=True)
+
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+        digests = progress(pool.map(digest, paths), len(paths), "hashing files")
+        return torch.tensor([*digests], dtype=torch.int64)
+
+
+def trained_on(images):
+    """What a checkpoint keeps of an ImageSet: {"classes": [names], "files": int64 [N]}."""
+    return {"classes": images.classes, "files": digests_of_files(images.paths)}
+
+
+def union(parts):
+    """All of several `trained_on`; None if one is, of a checkpoint that does not know."""
+    if None in parts:
+        return None
+    return {"classes": sorted({name for part in parts for name in part["classes"]}),
+            "files": torch.cat([part["files"] for part in parts])}  # fmt: skip
+
+
+def seen_in_training(images, known):
+    """How many classes, by name, and images, by content, of an ImageSet are in `known`, a
+    `trained_on`."""
+    files = torch.isin(digests_of_files(images.paths), known["files"])
+    return {"classes": len({*images.classes} & {*known["classes"]}), "images": int(files.sum())}

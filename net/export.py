@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from net import concatenate
 from storage import write_atomically
 from utils import UserError
 
@@ -16,22 +17,25 @@ TOLERANCE = 1e-3  # measured: another order of sums gives 5e-6, a mean off by 1 
 
 
 class Embedder(nn.Module):
-    """RGB pixels, uint8 [B, H, W, 3] -> embeddings [B, d], L2-normalised."""
+    """RGB pixels, uint8 [B, H, W, 3] -> the networks' embeddings [B, d], concatenated."""
 
-    def __init__(self, model):
+    def __init__(self, models):
         super().__init__()
-        self.model = model
+        self.models = nn.ModuleList(models)
 
     def forward(self, pixels):
-        return self.model.embed(self.model.prepare(pixels))
+        return concatenate([model.embed(model.prepare(pixels)) for model in self.models])
 
 
 @torch.no_grad()
-def save_model(model, path, pixels):
-    """Write the network, on the CPU and left in eval mode, for batches of any size. UserError if
-    that fails, or if the file's embeddings of `pixels`, uint8 RGB [B, H, W, 3], are others."""
-    network, pixels = Embedder(model).eval(), pixels.cpu()
-    precision, model.precision = model.precision, "fp32"  # who reads the file may choose another
+def save_model(models, path, pixels):
+    """Write the networks as one, on the CPU and left in eval mode, for batches of any size.
+    UserError if that fails, or if the file's embeddings of `pixels`, uint8 RGB [B, H, W, 3], are
+    others."""
+    network, pixels = Embedder(models).eval(), pixels.cpu()
+    precisions = [model.precision for model in models]
+    for model in models:
+        model.precision = "fp32"  # who reads the file may choose another
     export = to_onnx if Path(path).suffix.lower() == ".onnx" else to_pt2
     two = pixels[:1].repeat(2, 1, 1, 1)  # a batch of one would be taken for the only size
     try:
@@ -42,15 +46,18 @@ def save_model(model, path, pixels):
             errors = [run(x) - network(x) for x in (pixels, pixels[:1])]
     except Exception as error:  # exporters fail in a dozen ways
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path}: torch cannot export {model.name}: {reason}") from error
+        names = ", ".join({model.name: None for model in models})
+        raise UserError(f"{path}: torch cannot export {names}: {reason}") from error
     finally:
-        model.precision = precision
+        for model, precision in zip(models, precisions):
+            model.precision = precision
     largest = torch.cat(errors).abs().max().item()
     if not largest <= TOLERANCE:
         raise UserError(f"{path}: not written, its embeddings are off by {largest:.1e}")
     write_atomically(Path(path).resolve(), data)
     shape = ", ".join(map(str, pixels.shape[1:]))
-    print(f"{path}: uint8 [B, {shape}] -> float32 [B, {model.embedding_size}]; on "
+    width = sum(model.embedding_size for model in models)
+    print(f"{path}: uint8 [B, {shape}] -> float32 [B, {width}]; on "
           f"{len(pixels)} images at most {largest:.1e} from the network itself")  # fmt: skip
 
 

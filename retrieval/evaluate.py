@@ -18,11 +18,15 @@ class Retrieved(NamedTuple):
 
 
 def evaluate(model, loader, ks, queries=None, at_r=False, watch=iter):
-    """Embed the loader's images and retrieve. The first `queries` images are queries, the rest the
-    gallery; None: each image queries all others. `at_r`: MAP@R and R-Precision too; `watch` wraps
-    the batches. Leaves `model` in eval mode."""
+    """Embed the loader's images and retrieve. `watch` wraps the batches. Leaves `model` in eval
+    mode."""
     loaded = progress(watch(batches(loader, model.mean.device)), len(loader), "evaluating")
-    embeddings, labels = map(all_gather, embed(model, loaded))
+    return retrieve(*map(all_gather, embed(model, loaded)), ks, queries, at_r)
+
+
+def retrieve(embeddings, labels, ks, queries=None, at_r=False):
+    """The first `queries` images are queries, the rest the gallery; None: each image queries all
+    others. `at_r`: MAP@R and R-Precision too."""
     query, gallery = (embeddings, labels), ()
     if queries is not None:
         query = embeddings[:queries], labels[:queries]

@@ -51,6 +51,7 @@ def capture(training, partial=None):
         "history": training.history,
         "start": training.start,
         "images": training.images_digest,  # a run continues only with the same images
+        "trained_on": training.trained_on,
     }
     if rank() == 0:
         checkpoint = tree_map_only(torch.Tensor, torch.clone, checkpoint)
@@ -99,7 +100,8 @@ def restore(training, checkpoint, path):
         training.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         training.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         training.history = checkpoint["history"]
-        training.start = checkpoint.get("start")  # older runs have none
+        training.start = checkpoint.get("start")  # older runs have none, nor what follows
+        training.trained_on = checkpoint.get("trained_on")
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: its state is not that of this run ({error})") from error
 

@@ -16,7 +16,9 @@ from storage import write_atomically
 from utils import UserError, say
 
 
-def check_diagnosis(args):
+def check_diagnosis(args, sources):
+    if args.diagnose and len(sources) > 1:
+        raise UserError("--diagnose: is of one network; name one checkpoint")
     if args.diagnose and world_size() > 1:
         raise UserError("--diagnose: needs one process; leave torchrun out")
     if args.factors and not args.diagnose:

@@ -10,7 +10,7 @@ from retrieval.evaluate import describe, evaluate
 from retrieval.page import results_page
 from retrieval.picture import draw_neighbours
 from retrieval.search import NEIGHBOURS, neighbours
-from runs.results import TERMS, results_of, rows_of, scores_of, summary
+from runs.results import TERMS, remarks_on_images, results_of, rows_of, scores_of, summary
 from runs.start import facts_of
 from runs.tracking import log_picture, summarise
 from storage import read_checkpoint, write_atomically, write_json
@@ -39,7 +39,7 @@ def finish(run_folder, training, images, retrieved, tested, wandb_run):
     any; tested: as in results_of. Returns the results, on rank 0."""
     if rank():
         return None
-    facts = facts_of(images, training.device)
+    facts = facts_of(images, training.device, training.trained_on)
     results = results_of(training.history, training.start, tested, **facts)
     summarise(wandb_run, results)
     write_atomically(run_folder.results, summary(results).encode())
@@ -54,7 +54,8 @@ def finish(run_folder, training, images, retrieved, tested, wandb_run):
             "title": run_folder.folder.name, "curves": curves,
             "metrics": [(titles[row].format(epoch), metrics)
                         for row, epoch, metrics in rows_of(results)],
-            "about": f"{describe('test', test)}. Below, the {network} network.",
+            "about": " ".join([f"{describe('test', test)}. Below, the {network} network.",
+                               *remarks_on_images(results["images"])]),
         }  # fmt: skip
         nearest = neighbours(retrieved.embeddings, NEIGHBOURS, test.queries)
         write_atomically(run_folder.page, results_page(head, test, retrieved.hits, nearest))

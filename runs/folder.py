@@ -14,7 +14,8 @@ from runs.results import best_of, main_metric, results_of, summary
 from storage import read_checkpoint, temporary_of, write_atomically, write_checkpoint, write_json
 from utils import UserError, warn
 
-BEST_PARTS = ("model_state_dict", "args", "history", "images")  # of a best checkpoint
+# of a best checkpoint
+BEST_PARTS = ("model_state_dict", "args", "history", "images", "trained_on")
 REPLACED = ".replaced"  # ends the names of files that --overwrite has renamed
 LOCK_SECONDS = 10  # before version 4 of filelock, a killed run's workers hold its lock for 5 s
 

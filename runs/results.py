@@ -152,6 +152,17 @@ def remarks_on(results):
     if start and last[metric] < start[metric]:
         lines.append(f"The last epoch is below the network that training started from: {metric} "
                      f"{last[metric]:.2f} after, {start[metric]:.2f} before.")  # fmt: skip
+    return lines + remarks_on_images(results.get("images", {}))
+
+
+def remarks_on_images(images):
+    """A line about each split of which something was trained on; images: {split: counts}, as
+    runs.start.facts_of has them."""
+    lines = []
+    for split, counts in images.items():
+        seen = [f"{number:,} of {counts[what]:,} {what}"
+                for what, number in counts.get("trained_on", {}).items() if number]  # fmt: skip
+        lines += [f"{split}: {', '.join(seen)} were trained on."] if seen else []
     return lines
 
 

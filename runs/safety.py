@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from dataset.files import UnreadableImage
 from distributed import all_reduce_max, barrier, world_size
 from runs.checkpoint import save
 from utils import Interrupted, UserError, out_of_memory
@@ -29,6 +30,8 @@ def early_end(error, training, run_folder):
     epoch = training.epoch
     interrupted = isinstance(error, Interrupted)
     gpu_full = isinstance(error, torch.OutOfMemoryError)
+    if isinstance(error, UnreadableImage):
+        training.trained_on = None  # a good file in its place is another: all are hashed again
     # a damaged image is met by one rank alone, and a save takes all of them
     if epoch.step > epoch.saved and (interrupted or world_size() == 1 and not gpu_full):
         save(training, run_folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.images import digest_of_names
+from dataset.images import digest_of_names, seen_in_training, trained_on, union
 from distributed import from_rank_0, job, rank, restarts, world_size
 from flags import VERSION
 from runs.checkpoint import bytes_needed, flags_to_continue_with, require_parts
@@ -22,6 +22,7 @@ from runs.naming import differences, file_prefix, run_folder_path, setting_name
 from runs.results import is_finished
 from runs.tracking import track, wandb_mode
 from sharded import map_proxies
+from storage import read_checkpoint
 from utils import UserError, device_name, say, warn
 
 ENDINGS = ("_last.pth", "_previous.pth", "_best.pth")  # of a run's checkpoints
@@ -116,6 +117,7 @@ def record(parser, run_folder, training, images, argv, checkpoint):
     args, mode = training.args, wandb_mode(training.args.wandb)
     description = run_folder.claim(args, new=checkpoint is None)
     run_folder.require_room(bytes_needed(training))
+    training.trained_on = training.trained_on or all_trained_on(args, images["train"])
     run_id, process = description.get("wandb_id"), describe_process(argv, training.device)
     description = {"resumed": [], **(description or process), "flags": vars(args), "job": job()}
     if checkpoint:
@@ -131,6 +133,14 @@ def record(parser, run_folder, training, images, argv, checkpoint):
         run_folder.start(description, training, new=checkpoint is None)
         yield wandb_run
     run_folder.file_lock.release(force=True)
+
+
+def all_trained_on(args, images):
+    """What a run trains on, and what the network of --weights was trained on before."""
+    parts = [trained_on(images)]
+    if os.path.isfile(args.weights):
+        parts += filter(None, [read_checkpoint(args.weights).get("trained_on")])
+    return union(parts)
 
 
 @cache
@@ -158,13 +168,16 @@ def describe_process(argv, device):
     }
 
 
-def facts_of(images, device):
-    """What numbers are of: the images of each split, the code, the device."""
+def facts_of(images, device, known=None):
+    """What numbers are of: the images of each split, how many of these are in `known`, a
+    dataset.images.trained_on, the code, the device."""
     process = describe_process([], device)
     if "val" in images:  # the same for all folds
         images = {**images, "train + val": images["train"].joined(images["val"])}
     counts = {split: {"images": len(each), "classes": len(each.classes),
                       "digest": digest_of_names([each])} for split, each in images.items()}
+    for split in counts.keys() - {"train"} if known else ():
+        counts[split]["trained_on"] = seen_in_training(images[split], known)
     names = ("commit", "uncommitted_changes", "device")
     return {"images": counts, **{name: process[name] for name in names}}
 

@@ -21,6 +21,7 @@ from loading import loader
 from net import batch_norm
 from net.batch_norm import SharedBatchNorm
 from runs import checks
+from storage import read_checkpoint
 from tests import processes
 from tests.conftest import ROOT, TINY, checkpoint_of, fails, make_cub, metrics, run_folder
 
@@ -82,10 +83,14 @@ def test_a_run_of_two_processes_is_continued_by_three_and_by_one_and_evaluated_b
     assert json.loads((run_folder(here) / "args.json").read_text())["processes"] == 2
     assert (run_folder(here) / "page.html").exists()
     last = checkpoint_of(run_folder(here))
-    finished(torchrun(2, f"tests.toy evaluate.py '{last}' --workers 0 --metrics --json two.json"))
-    assert Path("log").read_text().count("R@1 : ") == 1
-    evaluate.main(shlex.split(f"'{last}' --workers 0 --metrics --json one.json"))
-    assert Path("one.json").read_text() == Path("two.json").read_text()
+    best = checkpoint_of(run_folder(here), "best")
+    assert read_checkpoint(last)["trained_on"]["files"].shape == (30,)
+    for paths, count in ((f"'{last}'", 1), (f"'{last}' '{best}'", 4)):
+        flags = f"{paths} --workers 0 --metrics --json"
+        finished(torchrun(2, f"tests.toy evaluate.py {flags} two.json"))
+        assert Path("log").read_text().count("R@1 : ") == count
+        evaluate.main(shlex.split(f"{flags} one.json"))
+        assert Path("one.json").read_text() == Path("two.json").read_text()
 
 
 def workers_of(job):

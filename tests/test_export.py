@@ -155,7 +155,7 @@ def loaded(name):
 def test_bn_inception_is_saved(here, capsys):
     pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
     model = create_model("bn_inception", 16, disent=True, precision="bf16").train()
-    export.save_model(model, "m.pt2", pixels)
+    export.save_model([model], "m.pt2", pixels)
     assert model.precision == "bf16"  # in which evaluate.py goes on
     assert "m.pt2: uint8 [B, 32, 32, 3] -> float32 [B, 16]; on 3 " in capsys.readouterr().out
 
@@ -167,10 +167,10 @@ def test_a_network_that_cannot_be_saved_or_not_well_enough_leaves_no_file(here, 
     monkeypatch.setitem(BACKBONES, "odd", lambda: Backbone(toy.Toy(), pool))
     pixels = torch.zeros(3, 32, 32, 3, dtype=torch.uint8)
     with pytest.raises(UserError, match="m.pt2: torch cannot export odd: "):
-        export.save_model(create_model("odd", 8), "m.pt2", pixels)
+        export.save_model([create_model("odd", 8)], "m.pt2", pixels)
     monkeypatch.setattr(export, "TOLERANCE", -1)
     with pytest.raises(UserError, match="m.pt2: not written, its embeddings are off by 0"):
-        export.save_model(create_model("toy", 8), "m.pt2", pixels)
+        export.save_model([create_model("toy", 8)], "m.pt2", pixels)
     assert not list(here.iterdir())
 
 

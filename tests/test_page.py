@@ -65,7 +65,7 @@ def test_a_finished_run_has_a_page_with_its_recalls_and_each_class_s(trained):
     assert len(data["queries"]) == len(data["pictures"]) == 30
     pictures = [Image.open(io.BytesIO(base64.b64decode(text))) for text in data["pictures"]]
     assert all(max(image.size) <= page.SIDE for image in pictures)
-    assert data["names"][data["queries"][0]["picture"]].startswith("00")
+    assert data["names"][data["queries"][0]["picture"]].startswith("10")
 
 
 def test_evaluate_writes_the_same_page_for_the_k_asked_for(trained, capsys):

@@ -32,7 +32,7 @@ def small_checkpoint(epoch, r1):
     history = [{"epoch": i, "R@1": 50.0} for i in range(epoch)] + [{"epoch": epoch, "R@1": r1}]
     state = {"weight": torch.full((1000,), float(epoch))}
     parts = {"args": {}, "images": "", "epoch": epoch, "history": history, "partial": None,
-             "start": None}  # fmt: skip
+             "start": None, "trained_on": None}  # fmt: skip
     return {"model_state_dict": state, **parts}
 
 

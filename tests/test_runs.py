@@ -138,7 +138,7 @@ def test_the_best_checkpoint_is_the_network_alone_and_a_finished_run_has_no_prev
         "cub_toy_best.pth", "cub_toy_last.pth",
     ]  # fmt: skip
     best = read_checkpoint(checkpoint_of(run, "best"))
-    assert best.keys() == {"model_state_dict", "args", "history", "images"}
+    assert best.keys() == {"model_state_dict", "args", "history", "images", "trained_on"}
 
 
 @pytest.mark.parametrize("flags", ["", "--disent False", "--metrics", "--train-on all --gam 0"])

@@ -1,0 +1,69 @@
+"""The checkpoints that evaluate.py is given: the flags of each, and its network."""
+
+from pathlib import Path
+
+import dataset
+from flags import given_flags, parse_stored
+from net import network_from, state_and_flags
+from runs.folder import checkpoint_in
+from storage import read_checkpoint
+from utils import UserError, say
+
+
+def resolve_flags(parser, argv, outputs):
+    """[(flags, checkpoint)] of each that is named; all must be of one data set. `outputs`: flags
+    that a checkpoint cannot set."""
+    args, given = given_flags(parser, argv)
+    if bool(args.checkpoint) == bool(args.resume):
+        parser.error("name one checkpoint or run folder, or several without --resume")
+    sources, trained = [], {}
+    for path in map(checkpoint_in, args.checkpoint or [args.resume]):
+        flags, checkpoint = flags_of(parser, given, path, outputs)
+        sources.append((flags, checkpoint))
+        if "dataset" in checkpoint.get("args", {}):
+            trained.setdefault(images_of(checkpoint["args"]), path)
+    if len(trained) > 1:
+        (first, path), (second, other), *_ = trained.items()
+        raise UserError(f"{path} was trained on {first}, {other} on {second}; evaluate together "
+                        "what was trained on one data set")  # fmt: skip
+    tested = images_of(vars(sources[0][0]))
+    for images, path in trained.items():
+        if images != tested:
+            say(f"{path}: trained on {images}, tested on {tested}")
+    return sources
+
+
+def flags_of(parser, given, path, outputs):
+    """(flags, checkpoint). A flag comes from the command line, else from the checkpoint's flags,
+    else from the shapes of its weights, else from the default."""
+    checkpoint = read_checkpoint(path)
+    _, theirs = state_and_flags(checkpoint, path)
+    if theirs.get("train_on") == "all" and not {"dataset", "data_root"} & given.keys():
+        raise UserError(f"{path}: trained on all classes of {theirs['dataset']}, so that none are "
+                        "left to test it on; name another data set with --dataset, or, for its "
+                        "exports, its own with --data-root")  # fmt: skip
+    unused = {*outputs, "checkpoint", "resume", "gpu_id", "workers", "remark"}
+    if given.get("dataset", theirs.get("dataset")) != theirs.get("dataset"):
+        unused |= {"ks", "data_root"}
+    kept = vars(parser.parse_args([])).keys() - unused
+    stored = {flag: value for flag, value in theirs.items() if flag in kept}
+    args = parse_stored(parser, stored, path)
+    vars(args).update(given, checkpoint=path)
+    return args, checkpoint
+
+
+def images_of(flags):
+    """The data set's name, and of one's own images, the path."""
+    own = getattr(dataset.module_of(flags["dataset"]), "OWN", None)
+    place = f" ({Path(flags[own]).resolve()})" if own in flags else ""
+    return f"{dataset.title(flags['dataset'])}{place}"
+
+
+def network_of(flags, checkpoint):
+    """The checkpoint's network, as its flags say, in eval mode."""
+    model = network_from(
+        checkpoint, flags.checkpoint, model=flags.model, embedding_size=flags.embedding_size,
+        l2_norm=flags.l2_norm, precision=flags.precision,
+    )  # fmt: skip
+    model.num_features(flags.image_size)  # ends here where the network cannot take it
+    return model
