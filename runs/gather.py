@@ -133,8 +133,12 @@ class Difference(NamedTuple):
 
 
 def difference(setting, other, which, metric):
-    """setting - other by the seeds that both have; None if these are fewer than two."""
-    ours, theirs = (by_seed(each, which, metric) for each in (setting, other))
+    """`paired` of two settings."""
+    return paired(by_seed(setting, which, metric), by_seed(other, which, metric))
+
+
+def paired(ours, theirs):
+    """ours - theirs of the seeds that both {seed: value} have; None if these are fewer than two."""
     values = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
     n = len(values)
     if n < 2:
