@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 import dataset
+from dataset.check import load_test_images
 from dataset.images import union
 from distributed import init_processes, rank
 from flags import SWITCH, Parser, add_data_flags, add_network_flags
@@ -148,7 +149,7 @@ def main(argv=None):
     models = [network_of(*source) for source in sources]
     loadings = [Loading(flags.image_size, args.workers, device, model.interpolation)
                 for (flags, _), model in zip(sources, models)]  # fmt: skip
-    images = dataset.load(args.dataset, args.data_root, "test")
+    images = load_test_images(args)
     about = describe(f"{dataset.title(args.dataset)} test", images)
     say(about)
     if args.save_model and rank() == 0:

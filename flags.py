@@ -2,6 +2,8 @@
 
 import argparse
 
+from PIL import ImageColor
+
 from utils import UserError, did_you_mean
 
 VERSION = "0.2.0"
@@ -43,6 +45,11 @@ def add_data_flags(parser, data_set, choices, batch_size):
     add("--dataset", default="cub", type=data_set, metavar="NAME", help=choices)
     add("--data-root", default="./data", metavar="DIR",
         help="folder of the data sets, or with --dataset folder of the images")  # fmt: skip
+    add("--background", type=colour, metavar="COLOUR",
+        help="of one's own images, put under what is transparent: a name or #rrggbb; by default "
+        "white")  # fmt: skip
+    add("--skip-unreadable", **SWITCH,
+        help="of one's own images, leave out those that cannot be read; they are looked for first")
     add("--ks", nargs="+", type=at_least(1),
         help="of Recall@K; by default the data set's published ones, or 1 2 4 8")  # fmt: skip
     add("--metrics", **SWITCH, help="MAP@R and R-Precision beside Recall@K")
@@ -129,6 +136,12 @@ def share(text):
 
 
 share.__name__ = "share (above 0, below 1)"
+
+
+def colour(text):
+    """argparse type: a colour that Pillow knows, as #rrggbb."""
+    red, green, blue = ImageColor.getrgb(text)  # ValueError if it is none, or has an alpha
+    return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def name_part(text):

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from dataset import table
-from dataset.files import SUFFIXES, is_leftover
+from dataset.files import PACKAGES, SUFFIXES, WHITE, is_leftover
 from dataset.images import ImageSet
-from flags import PRECISION_HELP, PRECISIONS, Parser, at_least
+from flags import PRECISION_HELP, PRECISIONS, Parser, at_least, colour
 from loading.loader import Loading, batches, test_loader
 from net import network_from
 from retrieval.embed import embed
@@ -45,6 +45,9 @@ def build_parser():
         "are embedded")  # fmt: skip
     add("--json", metavar="PATH", help="also write the neighbours to this file")
     add("--page", metavar="PATH", help="also write them with pictures to this .html")
+    add("--background", type=colour, metavar="COLOUR",
+        help="put under what is transparent: a name or #rrggbb; by default as in training, or "
+        "white")  # fmt: skip
     add("--batch-size", default=150, type=at_least(1), help="images a batch")
     add("--workers", default=4, type=at_least(0), help="processes that load images")
     add("--precision", choices=PRECISIONS, help=f"{PRECISION_HELP}; by default as in training")
@@ -59,15 +62,17 @@ def files_of(gallery):
         return [path for items in splits.values() for path, _ in items]
     if not os.path.isdir(gallery):
         raise UserError(f"--gallery {gallery}: no such folder, list or index")
-    paths = (path for path in Path(gallery).rglob("*") if path.suffix.lower() in SUFFIXES)
+    suffixes = SUFFIXES | PACKAGES.keys()
+    paths = (path for path in Path(gallery).rglob("*") if path.suffix.lower() in suffixes)
     return sorted(str(path) for path in paths if not is_leftover(path))
 
 
-def embed_files(paths, model, batch_size, loading):
+def embed_files(paths, model, batch_size, loading, background):
     """(embeddings [n, d] on the CPU, indices [n] of the files that could be read)."""
     if not paths:
         return torch.empty(0, model.embedding_size), []
-    loader = test_loader(ImageSet([(path, "") for path in paths]), batch_size, loading)
+    images = ImageSet([(path, "") for path in paths], background=background)
+    loader = test_loader(images, batch_size, loading)
     readable = batches(loader, loading.device, skip=True)
     indexed = ((pixels, index) for pixels, _, index in readable)
     embeddings, indices = embed(model, progress(indexed, len(loader), "embedding"))
@@ -83,8 +88,8 @@ def open_index(path, checkpoint):
         raise UserError(f"{path}: not an index that can be read ({error})") from error
     if str(index["checkpoint"]) != checkpoint:
         raise UserError(
-            f"{path}: an index of another checkpoint or --precision; embed the gallery again with "
-            f"--gallery {index['source']} and another --save-index"
+            f"{path}: an index of another checkpoint, --precision or --background; embed the "
+            f"gallery again with --gallery {index['source']} and another --save-index"
         )
     return index
 
@@ -138,13 +143,13 @@ def main(argv=None):
     checkpoint = checkpoint_from(data, path)
     model = network_from(checkpoint, path, precision=args.precision).to(device)
     set_precision(model.precision)
-    identity = hashlib.sha256(data).hexdigest()
-    if model.precision != "fp32":
-        identity += f" {model.precision}"
+    theirs = checkpoint.get("args", {})
+    background = args.background or theirs.get("background") or WHITE
+    identity = f"{hashlib.sha256(data).hexdigest()} {model.precision} {background}"
 
-    size = checkpoint.get("args", {}).get("image_size", 224)
-    loading = Loading(size, args.workers, device, model.interpolation)
-    embed_paths = partial(embed_files, model=model, batch_size=args.batch_size, loading=loading)
+    loading = Loading(theirs.get("image_size", 224), args.workers, device, model.interpolation)
+    embed_paths = partial(embed_files, model=model, batch_size=args.batch_size, loading=loading,
+                          background=background)  # fmt: skip
     queries, readable = embed_paths(args.query)
     if len(readable) < len(args.query):
         raise UserError("--query: not an image, as said above")
@@ -160,7 +165,7 @@ def main(argv=None):
     if args.json:
         write_json(Path(args.json).resolve(), results)
     if args.page:
-        write_atomically(Path(args.page).resolve(), search_page(results))
+        write_atomically(Path(args.page).resolve(), search_page(results, background))
         print(f"{args.page}: to look at in a browser")
 
 

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 import dataset
+from dataset.check import leave_out_unreadable
 from dataset.files import UnreadableImage
 from dataset.images import digest_of_names
 from distributed import init_processes, rank, rank_0_first, world_size
@@ -35,7 +36,7 @@ from runs.finish import finish, test_once
 from runs.report import announce, conclude, say_epoch, say_start
 from runs.results import Epoch, in_percent, is_finished, result_of
 from runs.safety import after_step, early_end
-from runs.start import open_run, record
+from runs.start import left_out_before, open_run, record
 from runs.tracking import address_of, log_epoch, memory_of
 from utils import (
     STEP,
@@ -111,25 +112,29 @@ def build_parser():
     return parser
 
 
-def load_images(args):
-    """{split: ImageSet}, checked against the batch: train, and test; with --val-classes, val; with
-    --train-on all, train alone."""
-    dataset.prepare(args.dataset, args.data_root)
-    splits, name = dataset.read(args.dataset, args.data_root), dataset.title(args.dataset)
-    train = dataset.image_set(args.dataset, splits, "all" if args.train_on == "all" else "train")
-    images = {"train": train}
+def load_images(args, left_out):
+    """({split: ImageSet}, checked against the batch: train, and test; with --val-classes, val; with
+    --train-on all, train alone; what --skip-unreadable leaves out). left_out: what the run has left
+    out before it was continued, or None."""
+    with rank_0_first():
+        dataset.prepare(args.dataset, args.data_root)
+    name = dataset.title(args.dataset)
+    splits = dataset.read(args.dataset, args.data_root)
+    splits, left_out = leave_out_unreadable(args, splits, left_out)
+    image_set = partial(dataset.image_set, args.dataset, splits, background=args.background)
+    images = {"train": (train := image_set("all" if args.train_on == "all" else "train"))}
     if args.val_classes:  # test images are not needed before the end
         images = hold_out(args, train)
         if not (splits.get("test") or splits.get("query")):
             warn(f"{name}: there are no test images, which the end of this run will evaluate")
     elif args.train_on == "train":
-        images["test"] = dataset.image_set(args.dataset, splits, "test")
+        images["test"] = image_set("test")
     check_batches(args, images["train"], name)
     for split, each in images.items():
         say(describe(f"{name} {'all' if args.train_on == 'all' else split}", each))
     if args.train_on == "all":
         say("training on all classes: no test classes; the last epoch is kept")
-    return images
+    return images, left_out
 
 
 def build_loading(training, images):
@@ -140,7 +145,8 @@ def build_loading(training, images):
     loading = Loading(args.image_size, args.workers, training.device, model.interpolation)
     if args.cache == "ram":
         paths = [path for each in images.values() for path in each.paths]
-        loading = loading._replace(read=read_from_memory(paths, args.workers))
+        cache = read_from_memory(paths, args.workers, train.background)
+        loading = loading._replace(cache=cache)
     loader = train_loader(train, args.batch_size, args.seed, loading, args.IPC)
     eval_loader = unseen and test_loader(unseen, args.batch_size, loading)
     if args.cache == "gpu":
@@ -232,8 +238,8 @@ def main(argv=None):
     settle_loss(args)
     check_flags(args)
     set_precision(args.precision, args.deterministic)
+    images, left_out = load_images(args, left_out_before(run_folder, checkpoint))
     with rank_0_first():
-        images = load_images(args)
         training = build_training(
             args, len(images["train"].classes), device, None if checkpoint else args.weights,
             digest_of_names(images.values()),
@@ -248,7 +254,7 @@ def main(argv=None):
     loader, evaluate_unseen = build_loading(training, images)
     files, retrieved, tested = loader.batch_sampler.files, None, None
     training.epoch = Epoch(len(training.history), files, **partial_epoch)
-    with record(parser, run_folder, training, images, argv, checkpoint) as wandb_run:
+    with record(parser, run_folder, training, images, left_out, argv, checkpoint) as wandb_run:
         announce(training, len(loader), run_folder)
         evaluate_start(training, evaluate_unseen)
         with Stop() as stop, run_folder:  # in here are all saves
@@ -258,7 +264,7 @@ def main(argv=None):
                 log_epoch(wandb_run, training.history, **memory_of(device))
                 training.epoch = Epoch(len(training.history), files)
         if args.val_classes:
-            retrieved, tested = test_once(training, images, run_folder)
+            retrieved, tested = test_once(training, images, left_out, run_folder)
         elif evaluate_unseen and not retrieved:  # all was trained before; what is left is to draw
             retrieved = evaluate_unseen()
         results = finish(run_folder, training, images, retrieved, tested, wandb_run)

@@ -8,7 +8,7 @@ RECIPE     flags of its published command that differ from the defaults
 PAPER      the paper's recalls, in per cent
 FILES      {path under the data root: (MD5, URL or None)} of what dataset.download fetches
 SOURCE     where to get those by hand
-OWN        for users' own images: the flag that says which they are
+OWN        for users' own images: the flag that says which they are. Others are read as published
 """
 
 import os
@@ -17,8 +17,9 @@ from importlib import import_module
 from pathlib import Path
 
 from dataset import table
-from dataset.files import on_disk
+from dataset.files import WHITE, on_disk
 from dataset.images import ImageSet
+from flags import flag_of
 from utils import UserError, did_you_mean, plural, warn
 
 DATASETS = {
@@ -49,6 +50,10 @@ def module_of(name):
     return DATASETS.get(canonical_name(name), table)
 
 
+def is_own(name):
+    return hasattr(module_of(name), "OWN")
+
+
 def title(name):
     """The name in run folders and wandb projects; of a list, its file's name."""
     return Path(name).stem if module_of(name) is table else canonical_name(name)
@@ -65,26 +70,42 @@ def read(name, root):
     return module.read(name if module is table else root)
 
 
+def folder_of(name, root):
+    """The folder that all images of one's own are below."""
+    return Path(name).parent if module_of(name) is table else Path(root)
+
+
+def refuse_own_flags(args):
+    """UserError for a flag of one's own images beside a published data set."""
+    for flag in ("background", "skip_unreadable"):
+        if getattr(args, flag) and not is_own(args.dataset):
+            raise UserError(f"{flag_of(flag)}: only for images of your own; those of {args.dataset}"
+                            " are read as its published script reads them")  # fmt: skip
+
+
 def prepare(name, root):
     """Called before training: demo and kanji draw their images."""
     if hasattr(module_of(name), "prepare"):
         module_of(name).prepare(root)
 
 
-def load(name, root, split, transform=None):
-    """One split as an ImageSet: `train`, `all`, or `test` (queries, then the gallery, if any)."""
-    return image_set(name, read(name, root), split, transform)
+def load(name, root, split, transform=None, background=None):
+    """One split as an ImageSet: `train`, `all`, or `test` (queries, then the gallery, if any).
+    background: under what is transparent in images of one's own, white by default."""
+    return image_set(name, read(name, root), split, transform, background)
 
 
-def image_set(name, splits, split, transform=None):
+def image_set(name, splits, split, transform=None, background=None):
     """`load` for what `read` returned."""
+    background = background or WHITE if is_own(name) else None
     has_gallery = split == "test" and "gallery" in splits
     parts = ["query", "gallery"] if has_gallery else [split]
     if split == "all":
         parts = [part for part in splits if splits[part]] or ["train"]
     items = [images_on_disk(name, splits, part) for part in parts]
-    images = ImageSet(sum(items, []), transform, len(items[0]) if has_gallery else None)
-    if hasattr(module_of(name), "OWN"):
+    images = ImageSet(sum(items, []), transform, len(items[0]) if has_gallery else None,
+                      background)  # fmt: skip
+    if is_own(name):
         warn_of_odd_classes(f"{title(name)} {split}", images, splits, split)
     return images
 

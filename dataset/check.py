@@ -6,25 +6,27 @@ python -m dataset.check --dataset cub
 import hashlib
 import os
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 import dataset
-from dataset.files import on_disk, opened
+from dataset.files import WHITE, as_rgb, on_disk, opened
+from distributed import from_rank_0
 from flags import Parser, at_least
 from loading.loader import in_parallel
-from utils import UserError, plural, run
+from utils import UserError, plural, run, warn
 
 PROGRAM = "python -m dataset.check"
 
 
-def look_at(path):
+def look_at(path, own=False):
     """(SHA-256 of the file, or None if it is unreadable; its problem or None)."""
     problem, named = None, Image.registered_extensions().get(Path(path).suffix.lower())
     try:
-        with opened(path) as image:
-            image.convert("RGB")
+        with opened(path, own) as image:
+            as_rgb(image, WHITE if own else None)
             if image.format != named and {image.format, named} != {"JPEG", "MPO"}:  # phones' JPEGs
                 problem = f"{path}: a {image.format} file by another name"
             elif image.mode == "CMYK" and "icc_profile" in image.info:
@@ -34,18 +36,59 @@ def look_at(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest(), problem
 
 
+def look_at_all(items, workers, label, own):
+    return in_parallel(partial(look_at, own=own), [path for path, _ in items], workers, label)
+
+
+def unreadable(splits, workers):
+    """[path] of the images of one's own that cannot be read, in all splits."""
+    items = [item for part in splits.values() for item in part]
+    looks = look_at_all(items, workers, "looking for unreadable images", own=True)
+    return [path for (path, _), (digest, _) in zip(items, looks) if not digest]
+
+
+def leave_out_unreadable(args, splits, known=None):
+    """--skip-unreadable: (splits without the images that cannot be read; these, as paths below the
+    data's folder; None without the flag). known: these the run left out before it was continued;
+    None: they are looked for."""
+    if not args.skip_unreadable:
+        return splits, None
+    folder = dataset.folder_of(args.dataset, args.data_root)
+    if known is None:
+        found = from_rank_0(lambda: unreadable(splits, args.workers))
+        known = [os.path.relpath(path, folder) for path in found]
+    if known:
+        names = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
+        warn(f"{folder}: left out {plural(len(known), 'image')} that cannot be read: {names}")
+    bad = set(known)
+    kept = {split: [item for item in items if os.path.relpath(item[0], folder) not in bad]
+            for split, items in splits.items()}  # fmt: skip
+    return kept, known
+
+
+def load_test_images(args, left_out=None):
+    """The ImageSet to test on; left_out: as `known` above."""
+    splits = dataset.read(args.dataset, args.data_root)
+    tested = {split: items for split, items in splits.items() if split != "train"}
+    tested, _ = leave_out_unreadable(args, tested, left_out)
+    return dataset.image_set(args.dataset, splits | tested, "test", background=args.background)
+
+
 def check(name, root, workers):
     """All problems of a data set, a line each."""
     problems, copies, count = [], defaultdict(list), 0
     splits = dataset.read(name, root)
-    if hasattr(dataset.module_of(name), "OWN"):
-        for split in ("train", "test") if len(splits) > 1 else splits:
-            dataset.image_set(name, splits, split)  # warns of odd classes
+    own = dataset.is_own(name)
+    for split in ("train", "test") if own else ():
+        try:
+            dataset.image_set(name, splits, split)  # as train.py does; warns of odd classes
+        except UserError as error:
+            problems.append(str(error))
     for split, listed in splits.items():
         items, missing = on_disk(listed)
         problems.append(dataset.difference_from_published(name, split, items))
         problems += [f"{path}: listed, but not there" for path in missing]
-        looks = in_parallel(look_at, [path for path, _ in items], workers, f"{name} {split}")
+        looks = look_at_all(items, workers, f"{name} {split}", own)
         for (path, class_name), (digest, problem) in zip(items, looks):
             problems.append(problem)
             if digest:

@@ -6,36 +6,81 @@ import warnings
 from collections import defaultdict
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
 
 from utils import UserError, plural, warn
 
-# the images of torchvision's ImageFolder
-SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+with contextlib.suppress(ImportError):
+    from pillow_heif import register_heif_opener  # not among the requirements
+
+    register_heif_opener()
 
 Image.init()
 FORMATS = sorted(Image.OPEN.keys() - {"EPS"})  # Pillow would run PostScript
+# phones' formats, and the packages that read them
+PACKAGES = {".heic": "pillow-heif", ".heif": "pillow-heif", ".avif": "'pillow>=11.3'"}
+UNSUPPORTED = PACKAGES.keys() - Image.registered_extensions().keys()
+# the images of torchvision's ImageFolder, and phones'
+SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+SUFFIXES |= PACKAGES.keys() - UNSUPPORTED
+WHITE = "#ffffff"  # usually under what is transparent
 
 
 class UnreadableImage(UserError):
     """An image file that is damaged or of a kind that is not supported."""
 
+    instead = "replace it"
 
-def read_image(path):
-    """Any image file as RGB: grayscale, palette, RGBA and CMYK are converted."""
-    with opened(path) as image:
+
+class UnreadableOwnImage(UnreadableImage):
+    instead = "replace it, or leave it out with --skip-unreadable"
+
+
+def read_image(path, background=None):
+    """An image file as RGB. background: None for a published data set, whose images are read as
+    its script reads them; for one's own the colour under what is transparent."""
+    with opened(path, own=background is not None) as image:
+        return as_rgb(image, background)
+
+
+def as_rgb(image, background=None):
+    """An opened image as in `read_image`; one's own also turned as its EXIF says, 16 bits as 8."""
+    if background is None:
         image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+    else:
+        image.getexif()  # Pillow keeps it
+        image.info.pop("exif", None)  # else written anew, which fails where a tag has an odd type
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode[0] in "IF":
+            image = upper_byte(image)
+        if image.has_transparency_data:
+            opaque = Image.new("RGBA", image.size, background)
+            image = Image.alpha_composite(opaque, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
-def size_of(path):
-    """(width, height), from the file's header."""
-    with opened(path) as image:
-        return image.size
+def upper_byte(image):
+    """Gray of 16 bits as gray of 8: of 16-bit RGB, Pillow keeps the upper bytes itself."""
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16:
+        raise ValueError(f"its pixels are no integers of 8 or 16 bits, mode {image.mode}")
+    return Image.fromarray((pixels >> 8).astype(np.uint8))
+
+
+def size_of(path, own=False):
+    """(width, height) of what `read_image` gives, from the file's header."""
+    with opened(path, own) as image:
+        if not own:
+            return image.size
+        if image.format == "TIFF":  # Pillow turns it when it loads it
+            image.load()
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
 
 
 @contextlib.contextmanager
-def opened(path):
+def opened(path, own=False):
     """An image file, opened with Pillow. UnreadableImage for all that goes wrong with it."""
     try:
         if not os.path.isfile(path):  # opening a pipe would wait forever
@@ -43,13 +88,23 @@ def opened(path):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                if image.mode[0] in "IF" or ";16" in str(image.tile):  # which Pillow would cut to 8
+                deep = image.mode[0] in "IF" or ";16" in str(image.tile)
+                if deep and not own:  # Pillow would cut them to 8
                     raise ValueError(f"its pixels are of more than 8 bits, mode {image.mode}")
                 if max(image.size) > 100 * min(image.size):  # resized, it could be of any size
                     raise ValueError(f"its sides, {image.size}, are too unequal")
                 yield image
     except Exception as error:  # decoders fail in many ways
-        raise UnreadableImage(f"{path}: not an image that can be read ({error})") from error
+        kind = UnreadableOwnImage if own else UnreadableImage
+        reason = f"{error}{to_install({Path(path).suffix.lower()})}"
+        raise kind(f"{path}: not an image that can be read ({reason})") from error
+
+
+def to_install(suffixes):
+    """`; pip install PACKAGE reads .heic`, of those suffixes that a package would read."""
+    lacking = UNSUPPORTED & suffixes
+    packages = " ".join(sorted({PACKAGES[suffix] for suffix in lacking}))
+    return f"; pip install {packages} reads {' '.join(sorted(lacking))}" if lacking else ""
 
 
 def first_existing(root, candidates, name):
@@ -87,7 +142,7 @@ def class_folders(folder):
     if skipped:
         kinds = (f"{what} ({len(paths):,}, such as {paths[0]})" for what, paths in skipped.items())
         warn(f"{folder}: skipped {', '.join(kinds)}; images are CLASS/NAME, and end in "
-             f"{' '.join(sorted(SUFFIXES))}")  # fmt: skip
+             f"{' '.join(sorted(SUFFIXES))}{to_install({what[1:].lower() for what in skipped})}")
     return items
 
 

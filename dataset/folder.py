@@ -17,8 +17,12 @@ def read(root):
     above = folder.resolve().parent
     if folder.resolve().name in ("train", "test") and {"train", "test"} <= {*os.listdir(above)}:
         raise UserError(f"--data-root {root}: is one half of the images; use {above}")
-    splits = [half for half in ("train", "test") if any(map(Path.is_dir, folder.glob(f"{half}/*")))]
     inside = listing(folder)
+    for path in inside:
+        if path.name.lower() in ("train", "test") and not path.name.islower() and path.is_dir():
+            if any(map(Path.is_dir, path.iterdir())):  # else it is a class of that name
+                raise UserError(f"{path}: rename it to {path.name.lower()}, in small letters")
+    splits = [half for half in ("train", "test") if any(map(Path.is_dir, folder.glob(f"{half}/*")))]
     if splits:
         if others := [path for path in inside if path.name not in splits]:
             names = " and ".join(splits)

@@ -15,20 +15,20 @@ from utils import progress
 class ImageSet(Dataset):
     """`paths` and `labels` [N] of one split, and `classes`, the name of each label 0 .. C - 1;
     item i is (RGB image after `transform`, label). The first `queries` images are queries, the rest
-    the gallery; None: each image queries all others."""
+    the gallery; None: each image queries all others. `background`: as in read_image."""
 
-    def __init__(self, items, transform=None, queries=None):
+    def __init__(self, items, transform=None, queries=None, background=None):
         self.paths = [path for path, _ in items]
         self.classes = sorted({name for _, name in items})
         label_of = {name: label for label, name in enumerate(self.classes)}
         self.labels = torch.tensor([label_of[name] for _, name in items])
-        self.transform, self.queries = transform, queries
+        self.transform, self.queries, self.background = transform, queries, background
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        image = read_image(self.paths[index])
+        image = read_image(self.paths[index], self.background)
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
     def items(self):
@@ -37,7 +37,7 @@ class ImageSet(Dataset):
 
     def joined(self, other):
         """Both sides of hold_out as one, sorted: the same for every fold."""
-        return ImageSet(sorted(self.items() + other.items()))
+        return ImageSet(sorted(self.items() + other.items()), background=self.background)
 
     def hold_out(self, fraction, fold):
         """(rest, held): two ImageSets of whole classes. Folds are contiguous, each `fraction` of
@@ -50,7 +50,7 @@ class ImageSet(Dataset):
         def side(is_held):
             chosen = [i for i, label in enumerate(labels) if (start <= label < stop) == is_held]
             queries = self.queries and sum(i < self.queries for i in chosen)
-            return ImageSet([items[i] for i in chosen], self.transform, queries)
+            return ImageSet([items[i] for i in chosen], self.transform, queries, self.background)
 
         return side(False), side(True)
 

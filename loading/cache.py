@@ -38,9 +38,10 @@ def start_of_each(sizes):
     return np.concatenate([[0], 3 * sizes.prod(axis=1).cumsum()])
 
 
-def read_from_memory(paths, workers):
+def read_from_memory(paths, workers, background=None):
     """--cache ram: the Cache of these images, shared by all processes that are on one machine."""
-    return once_a_machine(lambda: Cache(*decoded("ram", paths, workers), paths))
+    decode_all = partial(decoded, "ram", paths, workers, background=background)
+    return once_a_machine(lambda: Cache(*decode_all(), paths))
 
 
 def keep_on_device(images, train_loader, test_loader, loading):
@@ -48,7 +49,9 @@ def keep_on_device(images, train_loader, test_loader, loading):
     which keeps all pixels of the train `images` and the crops of the test images."""
     device, workers = loading.device, loading.workers
     more = 3 * loading.size**2 * len(test_loader.sampler) if test_loader else 0
-    file, sizes = once_a_machine(partial(decoded, "gpu", images.paths, workers, device, more))
+    file, sizes = once_a_machine(
+        partial(decoded, "gpu", images.paths, workers, device, more, images.background)
+    )
     starts = start_of_each(sizes)
     pixels = torch.from_file(file, shared=True, size=int(starts[-1]), dtype=torch.uint8).to(device)
     barrier()  # every rank has opened the file
@@ -60,12 +63,13 @@ def keep_on_device(images, train_loader, test_loader, loading):
     return kept, list(progress(batches(test_loader, device), len(test_loader), "test images"))
 
 
-def decoded(cache, paths, workers, device=CPU, more=0):
+def decoded(cache, paths, workers, device=CPU, more=0, background=None):
     """(file in memory with the images' RGB bytes, one after another; their sizes [N, 2]). UserError
     if they and `more` bytes do not fit into the machine's and the device's memory."""
     if not hasattr(os, "memfd_create"):
         raise UserError(f"--cache {cache}: this needs Linux")
-    sizes = np.array(in_parallel(size_of, paths, workers, "sizes of images"))
+    size = partial(size_of, own=background is not None)
+    sizes = np.array(in_parallel(size, paths, workers, "sizes of images"))
     starts = start_of_each(sizes)
     needed = int(starts[-1]) + more
     what = f"{plural(len(paths), 'image')}, {needed / 2**30:.1f} GiB decoded"
@@ -80,14 +84,14 @@ def decoded(cache, paths, workers, device=CPU, more=0):
     file = f"/proc/{os.getpid()}/fd/{os.memfd_create('decoded images')}"
     os.truncate(file, starts[-1])
     jobs = [(file, *job) for job in zip(paths, starts.tolist())]
-    in_parallel(decode, jobs, workers, "decoding images")
+    in_parallel(partial(decode, background), jobs, workers, "decoding images")
     return file, sizes
 
 
-def decode(job):
+def decode(background, job):
     """Write an image's RGB bytes at its place in the file."""
     file, path, start = job
-    image = read_image(path)
+    image = read_image(path, background)
     with open(file, "r+b") as out:
         out.seek(start)
         out.write(image.tobytes())

@@ -28,7 +28,7 @@ class Loading(NamedTuple):
     workers: int
     device: torch.device
     interpolation: str = "bilinear"
-    read: Callable = read_image  # path -> RGB image; or a loading.cache.Cache
+    cache: Callable | None = None  # path -> RGB image, a loading.cache.Cache; None: the files
 
 
 class Work(Dataset):
@@ -86,9 +86,14 @@ def train_loader(images, batch_size, seed, loading, images_per_class=None):
     return make_loader(function, loading.workers, loading.device, batch_sampler=keys)
 
 
+def read(images, loading, index):
+    path = images.paths[index]
+    return loading.cache(path) if loading.cache else read_image(path, images.background)
+
+
 def augmented(images, loading, key):
     index, numbers = key
-    image = loading.read(images.paths[index])
+    image = read(images, loading, index)
     pixels = crop_and_flip(image, *draw(numbers, image.size), loading.size, loading.interpolation)
     return pixels, images.labels[index], index
 
@@ -107,7 +112,7 @@ test_loader.__test__ = False  # not a test of pytest
 
 
 def centred(images, loading, index):
-    image = loading.read(images.paths[index])
+    image = read(images, loading, index)
     pixels = resize_and_crop(image, loading.size, loading.interpolation)
     return pixels, images.labels[index], index
 
@@ -137,8 +142,10 @@ def good(loader, skip=False):
             if not skip:
                 # `error` itself would make a cycle with this frame: the loader would be collected
                 # before its workers are told to stop
-                hint = "; replace it; `python -m dataset.check` lists all such files"
-                raise type(error)(f"{error}{hint if isinstance(error, UnreadableImage) else ''}")
+                hint = ""
+                if isinstance(error, UnreadableImage):
+                    hint = f"; {error.instead}; `python -m dataset.check` lists all such files"
+                raise type(error)(f"{error}{hint}")
             warn(f"skipped {error}")
         if batch:
             yield batch

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataset.files import opened
+from dataset.files import as_rgb, opened
 from utils import UserError, progress
 
 SIDE = 112  # pixels of a picture's longer side
@@ -21,13 +21,14 @@ DATA_TAG = '<script type="application/json" id="data">'
 class Pictures:
     """Small copies of images, each once; `add` rerounds an image's number."""
 
-    def __init__(self):
+    def __init__(self, background):
+        self.background = background
         self.numbers, self.texts, self.bytes = {}, [], 0
 
     def add(self, path):
         if path not in self.numbers:
             jpeg = io.BytesIO()
-            small_picture(path).save(jpeg, "JPEG", quality=75)  # about 3 kB
+            small_picture(path, self.background).save(jpeg, "JPEG", quality=75)  # about 3 kB
             self.numbers[path] = len(self.texts)
             self.texts.append(base64.b64encode(jpeg.getvalue()).decode())
             self.bytes += len(self.texts[-1])
@@ -38,12 +39,14 @@ class Pictures:
         return {"pictures": self.texts, "names": names}
 
 
-def small_picture(path):
-    """A small copy of an image; grey if the file is gone or damaged."""
+def small_picture(path, background):
+    """A small copy of an image, as in read_image; grey if the file is gone or damaged."""
     try:
-        with opened(path) as image:
-            image.thumbnail((SIDE, SIDE))  # a JPEG is decoded at about this size
-            return image.convert("RGB")
+        with opened(path, own=background is not None) as image:
+            image.draft(None, (2 * SIDE, 2 * SIDE))  # a JPEG is decoded at about this size
+            picture = as_rgb(image, background)
+            picture.thumbnail((SIDE, SIDE))
+            return picture
     except UserError:
         return Image.new("RGB", (SIDE, SIDE), "grey")
 
@@ -63,9 +66,9 @@ def add_to_page(page, title, lines, picture):
     return write_page({**data, "sections": {**data.get("sections", {}), title: section}})
 
 
-def search_page(results):
+def search_page(results, background):
     """[{"query": path, "neighbours": [{"path", "similarity"}]}] -> the page's bytes."""
-    pictures, queries = Pictures(), []
+    pictures, queries = Pictures(background), []
     for result in results:
         queries.append({"picture": pictures.add(result["query"]), "label": None, "found": [
             [pictures.add(neighbour["path"]), neighbour["similarity"], None]
@@ -86,7 +89,7 @@ def results_page(head, images, hits, neighbours):
     k = min(hits)
     hit, labels, total = hits[k].cpu().numpy(), images.labels.numpy(), len(hits[k])
     similarities, indices = (part.numpy() for part in neighbours)
-    pictures, queries = Pictures(), []
+    pictures, queries = Pictures(images.background), []
     order = worst_first(hit, labels[:total], similarities, labels[indices])
     for query in progress(order, total, "page"):
         if pictures.bytes > MAX_BYTES:

@@ -18,7 +18,7 @@ def draw_neighbours(images, similarities, indices, count=8):
     axes = figure.subplots(len(rows), top + 1, squeeze=False)
     for cells, query in zip(axes, rows.tolist()):
         for cell, index in zip(cells, (query, *indices[query].tolist())):
-            cell.imshow(small_picture(images.paths[index]))
+            cell.imshow(small_picture(images.paths[index], images.background))
             cell.set(xticks=[], yticks=[])
         name = images.classes[images.labels[query]][:16].encode(errors="replace").decode()
         cells[0].set_title(name, fontsize="small", parse_math=False)

@@ -22,7 +22,7 @@ PARTS = {"model_state_dict", "criterion_state_dict", "optimizer_state_dict",
 # Flags that do not change what is computed, and may differ when a run is continued.
 FREE_ON_RESUME = {"epochs", "metrics", "workers", "cache", "gpu_id", "data_root", "LOG_DIR",
                   "quiet", "wandb", "resume", "overwrite", "checkpoint_every",
-                  "shard_proxies"}  # fmt: skip
+                  "shard_proxies", "skip_unreadable"}  # fmt: skip
 
 
 def save(training, run_folder, finished=False):

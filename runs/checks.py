@@ -1,5 +1,6 @@
 """What flags, losses and images cannot be together: one line before anything is trained."""
 
+import dataset
 from distributed import world_size
 from losses import PROXY_LOSSES
 from runs.tracking import wandb_mode
@@ -8,6 +9,7 @@ from utils import UserError, warn
 
 def check_flags(args):
     """UserError or warning where flags do not go together, or not with this machine."""
+    dataset.refuse_own_flags(args)
     wandb_mode(args.wandb)  # refuses an account that is not there
     for name in ("fold", "patience"):
         if getattr(args, name) is not None and not args.val_classes:

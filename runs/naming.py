@@ -75,7 +75,7 @@ def setting_name(args, parser):
 def text_of(value):
     if isinstance(value, list):
         return "-".join(map(str, value))
-    return Path(value).resolve().name if isinstance(value, str) else f"{value:.15g}"
+    return Path(value).resolve().name.lstrip("#") if isinstance(value, str) else f"{value:.15g}"
 
 
 def file_prefix(args):

@@ -44,11 +44,14 @@ def flags_of(parser, given, path, outputs):
                         "exports, its own with --data-root")  # fmt: skip
     unused = {*outputs, "checkpoint", "resume", "gpu_id", "workers", "remark"}
     if given.get("dataset", theirs.get("dataset")) != theirs.get("dataset"):
-        unused |= {"ks", "data_root"}
+        unused |= {"ks", "data_root", "skip_unreadable"}
+        if not dataset.is_own(given["dataset"]):
+            unused.add("background")
     kept = vars(parser.parse_args([])).keys() - unused
     stored = {flag: value for flag, value in theirs.items() if flag in kept}
     args = parse_stored(parser, stored, path)
     vars(args).update(given, checkpoint=path)
+    dataset.refuse_own_flags(args)
     return args, checkpoint
 
 

@@ -107,8 +107,13 @@ def continued_run(parser, args, given, path):
     return args, run_folder, checkpoint
 
 
+def left_out_before(run_folder, checkpoint):
+    """What a run that is continued has left out by --skip-unreadable; None of a new one."""
+    return from_rank_0(lambda: stored(run_folder.folder).get("left_out")) if checkpoint else None
+
+
 @contextlib.contextmanager
-def record(parser, run_folder, training, images, argv, checkpoint):
+def record(parser, run_folder, training, images, left_out, argv, checkpoint):
     """In a `with`: the run folder and the wandb run are written. Gives the wandb run; None without
     wandb and on ranks above 0."""
     if rank():
@@ -119,7 +124,8 @@ def record(parser, run_folder, training, images, argv, checkpoint):
     run_folder.require_room(bytes_needed(training))
     training.trained_on = training.trained_on or all_trained_on(args, images["train"])
     run_id, process = description.get("wandb_id"), describe_process(argv, training.device)
-    description = {"resumed": [], **(description or process), "flags": vars(args), "job": job()}
+    description = {"resumed": [], **(description or process), "flags": vars(args), "job": job(),
+                   "left_out": left_out}  # fmt: skip
     if checkpoint:
         warn_of_changes(description, process)
         description["resumed"].append(process)

@@ -101,16 +101,15 @@ def test_a_bad_flag_ends_in_one_line_and_writes_nothing(here, capsys, cub, flags
     assert list(snapshot(here)) == [here / "junk"]
 
 
-def png(width, height, bits=8, colour=0):
-    """A PNG that claims this size and holds hardly any data."""
+def png(width, height, bits=8, colour=0, data=bytes(100)):
+    """A PNG that claims this size and holds, by default, hardly any data."""
 
     def chunk(kind, data):
         body = kind + data
         return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    data = zlib.compress(bytes(100))
-    chunks = chunk(b"IHDR", header), chunk(b"IDAT", data), chunk(b"IEND", b"")
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 

@@ -65,7 +65,7 @@ def test_the_line_names_epoch_step_number_and_files(folder, capsys, monkeypatch,
     before, read, original = weights(folder), [], dataset.files.opened
     spoil(monkeypatch, 1, source, factor)
     monkeypatch.setattr(
-        dataset.files, "opened", lambda path: read.append(path) or original(path)
+        dataset.files, "opened", lambda path, own: read.append(path) or original(path, own)
     )
     error = fails(TEN_STEPS + "--resume", capsys)
     assert f"epoch 1, step 1: the {source} is not finite" in error

@@ -48,8 +48,9 @@ def test_fuzzed_images_are_read_or_refused(tmp_path, edits, suffix):
     path = tmp_path / f"image.{suffix}"
     write_image(path, seed=0)
     path.write_bytes(mutated(path.read_bytes(), edits))
-    image = read_or_refused(read_image, path)
-    assert image is None or image.mode == "RGB"
+    for background in (None, "white"):
+        image = read_or_refused(read_image, path, background)
+        assert image is None or image.mode == "RGB"
 
 
 @FUZZ
