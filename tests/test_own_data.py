@@ -243,7 +243,7 @@ def test_what_is_skipped_in_a_folder_is_counted_in_one_line(here, capsys):
     assert "*.jfif (2, such as data/猫/a.jfif)" in line and "*.MOV (1" in line
     assert "folders inside a class folder (2, such as data/__MACOSX/猫)" in line
     assert "empty class folders (1, such as data/nothing)" in line
-    assert "images are CLASS/NAME, and end in" in line and " .bmp .jpeg .jpg" in line
+    assert "images are CLASS/NAME, and end in" in line and " .jpeg .jpg .pgm" in line
     assert "DS_Store" not in line
     (same,) = said(capsys, "--dataset folder --workers 0", check.main)
     assert same == line
