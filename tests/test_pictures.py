@@ -51,7 +51,8 @@ def medal(seed, colour="white"):
 def save_turned(image, path, orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    image.transpose(TURNED[orientation]).save(path, exif=exif, quality=97, subsampling=0)
+    turned = image.transpose(TURNED[orientation])
+    turned.save(path, exif=exif.tobytes(), quality=97, subsampling="4:4:4")
 
 
 def save_cut_out(image, ground, path):
@@ -59,6 +60,13 @@ def save_cut_out(image, ground, path):
     hidden = Image.fromarray(np.where(ground[..., None], 77, np.asarray(image)).astype(np.uint8))
     hidden.putalpha(alpha)
     hidden.save(path)
+
+
+def require_reader(suffix):
+    if suffix == "heic":
+        pytest.importorskip("pillow_heif")
+    elif suffix == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow does not read AVIF")
 
 
 def make_medals(root, medals=8, colour="white"):
@@ -109,8 +117,9 @@ def test_a_picture_turned_by_exif_or_cut_out_is_the_upright_one(here, capsys, co
 
 
 @pytest.mark.parametrize("orientation", TURNED)
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif", "heic"])
 def test_all_orientations_are_undone_and_the_size_is_known_before(tmp_path, suffix, orientation):
+    require_reader(suffix)
     image, path = medal(0)[0], tmp_path / f"a.{suffix}"
     save_turned(image, path, orientation)
     read = read_image(path, "white")
@@ -201,10 +210,7 @@ def test_a_cache_holds_the_pictures_as_they_are_read(here, cache):
 
 @pytest.mark.parametrize("suffix", ["heic", "avif"])
 def test_phones_formats_are_read_where_there_is_a_reader(here, suffix):
-    if suffix == "heic":
-        pytest.importorskip("pillow_heif")
-    elif not features.check("avif"):
-        pytest.skip("this Pillow does not read AVIF")
+    require_reader(suffix)
     make_folder(here / "data", per_class=6)
     for c, folder in enumerate(sorted((here / "data").iterdir())):
         for i in range(2):
