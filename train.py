@@ -120,7 +120,9 @@ def load_images(args, left_out):
         dataset.prepare(args.dataset, args.data_root)
     name = dataset.title(args.dataset)
     splits = dataset.read(args.dataset, args.data_root)
-    splits, left_out = leave_out_unreadable(args, splits, left_out)
+    looked = {"train": splits.get("train", ())} if args.val_classes else splits
+    looked, left_out = leave_out_unreadable(args, looked, left_out)
+    splits = splits | looked
     image_set = partial(dataset.image_set, args.dataset, splits, background=args.background)
     images = {"train": (train := image_set("all" if args.train_on == "all" else "train"))}
     if args.val_classes:  # test images are not needed before the end
@@ -264,7 +266,7 @@ def main(argv=None):
                 log_epoch(wandb_run, training.history, **memory_of(device))
                 training.epoch = Epoch(len(training.history), files)
         if args.val_classes:
-            retrieved, tested = test_once(training, images, left_out, run_folder)
+            retrieved, tested = test_once(training, images, run_folder)
         elif evaluate_unseen and not retrieved:  # all was trained before; what is left is to draw
             retrieved = evaluate_unseen()
         results = finish(run_folder, training, images, retrieved, tested, wandb_run)

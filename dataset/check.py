@@ -66,11 +66,11 @@ def leave_out_unreadable(args, splits, known=None):
     return kept, known
 
 
-def load_test_images(args, left_out=None):
-    """The ImageSet to test on; left_out: as `known` above."""
+def load_test_images(args):
+    """The ImageSet to test on; with --skip-unreadable without those that cannot be read."""
     splits = dataset.read(args.dataset, args.data_root)
     tested = {split: items for split, items in splits.items() if split != "train"}
-    tested, _ = leave_out_unreadable(args, tested, left_out)
+    tested, _ = leave_out_unreadable(args, tested)
     return dataset.image_set(args.dataset, splits | tested, "test", background=args.background)
 
 

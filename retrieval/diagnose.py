@@ -110,7 +110,8 @@ def diagnose(model, images, loading, batch_size, proxies=None, factors=None):
     for (side, split), chosen in zip(SIDES.items(), rows):
         whole = images[split]
         names = [whole.classes[label] for label in whole.labels[chosen]]
-        samples[side] = ImageSet([(whole.paths[i], name) for i, name in zip(chosen, names)])
+        items = [(whole.paths[i], name) for i, name in zip(chosen, names)]
+        samples[side] = ImageSet(items, background=whole.background)
         tables[side] = factors_of(factors or {}, samples[side].paths, side)
     for side, sample in samples.items():
         loader = test_loader(sample, batch_size, loading)

@@ -18,11 +18,11 @@ from storage import read_checkpoint, write_atomically, write_json
 from utils import say
 
 
-def test_once(training, images, left_out, run_folder):
+def test_once(training, images, run_folder):
     """The end of a run with --val-classes: the test images by the last and by the chosen network.
     Returns (what the chosen one retrieves, {"chosen", "last": {metric: per cent}})."""
     args, model = training.args, training.model
-    images["test"] = load_test_images(args, left_out)
+    images["test"] = load_test_images(args)
     say(describe(f"{dataset.title(args.dataset)} test", images["test"]))
     loading = Loading(args.image_size, args.workers, training.device, model.interpolation)
     loader = test_loader(images["test"], args.batch_size, loading)

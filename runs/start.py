@@ -178,11 +178,11 @@ def facts_of(images, device, known=None):
     """What numbers are of: the images of each split, how many of these are in `known`, a
     dataset.images.trained_on, the code, the device."""
     process = describe_process([], device)
-    if "val" in images:  # the same for all folds
-        images = {**images, "train + val": images["train"].joined(images["val"])}
+    whole = {"train + val": images["train"].joined(images["val"])} if "val" in images else {}
     counts = {split: {"images": len(each), "classes": len(each.classes),
-                      "digest": digest_of_names([each])} for split, each in images.items()}
-    for split in counts.keys() - {"train"} if known else ():
+                      "digest": digest_of_names([each])}
+              for split, each in (images | whole).items()}  # fmt: skip
+    for split in images.keys() - {"train"} if known else ():
         counts[split]["trained_on"] = seen_in_training(images[split], known)
     names = ("commit", "uncommitted_changes", "device")
     return {"images": counts, **{name: process[name] for name in names}}
