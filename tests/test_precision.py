@@ -167,7 +167,7 @@ def test_an_index_of_another_precision_is_refused(here, capsys):
     flags = f"--resume '{run_folder(here)}' --query '{query}' --workers 0 --gallery "
     search.main(shlex.split(flags + "photos --save-index G.npz"))
     line = fails(flags + "G.npz --precision bf16", capsys, search.main)
-    assert "an index of another checkpoint or --precision" in line
+    assert "an index of another checkpoint, --precision or --background" in line
     search.main(shlex.split(flags + "photos --save-index H.npz --precision bf16"))
     search.main(shlex.split(flags + "H.npz --precision bf16"))
     assert "0 of them embedded now" in capsys.readouterr().out
