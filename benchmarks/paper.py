@@ -5,19 +5,19 @@ and writes README's "measured here" rows. What is finished is not trained again.
 """
 
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import dataset
+import sweep
 import train
 from flags import Parser, at_least
 from net import create_model
 from runs.gather import by_seed, difference, gather
-from runs.naming import run_folder_path
-from runs.tables import with_spread
+from runs.jobs import environments
+from runs.tables import commit_of, images_of, with_spread
 from storage import write_atomically
-from utils import UserError, plural, run
+from utils import UserError, run
 
 ROOT = Path(__file__).parent.parent
 SHARED = ("--gpu-id 0 --loss Proxy_Anchor --model bn_inception --embedding-size 512 "
@@ -41,18 +41,17 @@ def build_parser():
     return parser
 
 
-def flags_of(name, root, further):
+def training_flags(name, root, further):
     """train.py's flags for a data set, without --disent and --seed."""
     given = f"{SHARED} --dataset {name} {PUBLISHED[name][1]}"
     return [*shlex.split(given), f"--data-root={root}", *further]
 
 
-def folders_of(flags, seeds):
-    """The run folders with these flags: with DDML and without, each seed."""
-    parser = train.build_parser()
-    variants = [[f"--disent={disent}", f"--seed={seed}"] for disent in (True, False)
-                for seed in range(1, seeds + 1)]  # fmt: skip
-    return [run_folder_path(parser.parse_args([*flags, *variant]), parser) for variant in variants]
+def runs_of(flags, seeds):
+    """The sweep's runs: with DDML and without, each seed."""
+    values = [{"disent": disent, "seed": str(seed)} for disent in ("True", "False")
+              for seed in range(1, seeds + 1)]  # fmt: skip
+    return sweep.runs_of(values, train.build_parser(), flags)
 
 
 def what_is_missing(name, flags):
@@ -76,10 +75,6 @@ def command_of(flags, seeds):
             *flags]  # fmt: skip
 
 
-def sweep_with(command):
-    return subprocess.run([sys.executable, ROOT / "sweep.py", *command[2:]]).returncode
-
-
 def table_rows(settings, metrics):
     """[[text]]: mean ± standard deviation of best and last epoch, and DDML minus the plain loss."""
     rows = []
@@ -99,17 +94,13 @@ def facts(name, settings):
     """What the rows were measured with, one line."""
     processes = [each for setting in settings for each in setting.processes]
     seeds = sorted({seed for setting in settings for seed in setting.rows})
-    commits = {each["commit"][:7] + " with changes" * each["uncommitted_changes"]
-               for each in processes}  # fmt: skip
-    devices = {each["device"] for each in processes}
+    commits, devices = map(commit_of, processes), (each["device"] for each in processes)
+    line = (f"Measured here: seeds {', '.join(map(str, seeds))}; commit "
+            f"{', '.join(sorted({*commits}))}; {', '.join(sorted({*devices}))}.")  # fmt: skip
     counts = {split: (each["images"], each["classes"])
               for split, each in settings[0].images.items()}  # fmt: skip
-    line = (f"Measured here: seeds {', '.join(map(str, seeds))}; commit "
-            f"{', '.join(sorted(commits))}; {', '.join(sorted(devices))}.")  # fmt: skip
     if counts != dataset.module_of(name).PUBLISHED:
-        found = " and ".join(f"{plural(images, 'image')} of {plural(classes, 'class')}"
-                             for images, classes in counts.values())  # fmt: skip
-        line += f" Not the published images: {found}."
+        line += f" Not the published images: {images_of(settings[0])}."
     return line
 
 
@@ -138,7 +129,7 @@ def main(argv=None):
     args, further = build_parser().parse_args(argv[:at]), argv[at + 1 :]
     there = []
     for name in PUBLISHED:
-        flags = flags_of(name, args.data_root, further)
+        flags = training_flags(name, args.data_root, further)
         if missing := what_is_missing(name, flags):
             print(f"{name}: not run: {missing}")
         else:
@@ -148,16 +139,19 @@ def main(argv=None):
         raise UserError("nothing to run: get what is missing, as said above, and run this again")
     if args.dry_run:
         return 0
-    failed = 0
+    failed = []
     for name, flags in there:
-        failed |= sweep_with(command_of(flags, args.seeds))
-        settings, left_out = gather(folders_of(flags, args.seeds))
+        runs = runs_of(flags, args.seeds)
+        failed += sweep.complete(runs, environments(None), name)
+        settings, left_out = gather(each.folder for each in runs)
         if [len(setting.rows) for setting in settings] != [args.seeds, args.seeds]:
             print(f"{name}: README's rows wait until all runs are finished", *left_out, sep="\n")
             continue
         write_rows(args.readme, PUBLISHED[name][0], settings, name)
         print(f"{args.readme}: wrote the measured rows of {name}")
-    return failed
+    for line in failed:
+        print(f"failed: {line}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -159,13 +159,15 @@ def images_of(setting):
     return f"trained on {train}{held_out}, tested on {test}"
 
 
+def commit_of(process):
+    return process["commit"][:7] + " with changes" * process["uncommitted_changes"]
+
+
 def mixture_of(setting):
     """What one row mixes: `2 devices (A, B)`; "" if all runs are of the same code and machine."""
     facts = {"commits": [], "devices": [], "numbers of processes": [], "versions of torch": []}
     for each in setting.processes:
-        changed = " with changes" * each["uncommitted_changes"]
-        values = (each["commit"][:7] + changed, each["device"], each["processes"],
-                  each["versions"]["torch"])  # fmt: skip
+        values = commit_of(each), each["device"], each["processes"], each["versions"]["torch"]
         for known, value in zip(facts.values(), values):
             if str(value) not in known:
                 known.append(str(value))

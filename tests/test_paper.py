@@ -7,6 +7,7 @@ from statistics import mean
 
 import pytest
 
+import sweep
 import train
 from benchmarks import paper
 from runs.gather import by_seed, gather
@@ -23,15 +24,12 @@ def copy(here, monkeypatch):
     for make in (make_cub, make_cars, make_sop):
         make(here / "data")
 
-    def trained(command):
-        seeds = int(re.search(r"--seeds 1-(\d)", shlex.join(command))[1])
-        for disent in (True, False):
-            for seed in range(1, seeds + 1):
-                flags = command[command.index("--") + 1 :]
-                train.main([*flags, f"--disent={disent}", f"--seed={seed}"])
-        return 0
+    def trained(runs, places, head):
+        for each in runs:
+            train.main(each.flags)
+        return []
 
-    monkeypatch.setattr(paper, "sweep_with", trained)
+    monkeypatch.setattr(sweep, "complete", trained)
     return here
 
 
@@ -84,7 +82,7 @@ def test_its_commands_are_readmes():
     parser = train.build_parser()
     published = re.findall(r"^python train.py (.*--dataset (?:cub|car|SOP) .*--disent True.*)$",
                            readme, re.M)  # fmt: skip
-    ours = [[*paper.flags_of(name, "./data", []), "--disent=True"] for name in paper.PUBLISHED]
+    ours = [paper.training_flags(name, "./data", ["--disent=True"]) for name in paper.PUBLISHED]
     assert [parser.parse_args(flags) for flags in ours] == [
         parser.parse_args(shlex.split(command)) for command in published
     ]
