@@ -16,9 +16,9 @@ import numpy as np
 import train
 from flags import Parser, at_least, flag_of
 from runs.checkpoint import FREE_ON_RESUME
-from runs.jobs import Run, command_of, environments, show, signals_passed_on, state_of, work
+from runs.jobs import Run, command_of, environments, show, state_of, work
 from runs.naming import run_folder_path, settings
-from utils import Interrupted, UserError, did_you_mean, plural, run, say
+from utils import Interrupted, Stop, UserError, did_you_mean, plural, run, say
 
 COMPARE = [sys.executable, str(Path(__file__).resolve().with_name("compare.py"))]
 
@@ -177,12 +177,11 @@ def complete(runs, places, head):
     say(f"{head}: {len(missing)} to run, {len(places)} at a time")
     for each in missing:
         each.folder.mkdir(parents=True, exist_ok=True)
-    working = {}
-    with signals_passed_on(working) as received:
-        failed = show(work(missing, places, working, received), len(missing))
-    if received:
+    with Stop() as stop:
+        failed = show(work(missing, places, stop), len(missing))
+    if stop.signal:
         done = sum(state_of(each) == "done" for each in runs)
-        raise Interrupted(received[0], f"{done} of {plural(len(runs), 'run')} are finished; the "
+        raise Interrupted(stop.signal, f"{done} of {plural(len(runs), 'run')} are finished; the "
                           "same command goes on")  # fmt: skip
     return failed
 

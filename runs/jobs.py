@@ -1,9 +1,5 @@
-"""Runs of train.py as processes of their own, several at a time. It keeps no state: a run's folder
-says whether it is finished, its lock whether a process is at it."""
+"""Runs of train.py as processes of their own, several at a time."""
 
-import contextlib
-import json
-import signal
 import sys
 import time
 from os import environ
@@ -16,7 +12,6 @@ from filelock import Timeout
 from tqdm import tqdm
 
 from runs.folder import RunFolder
-from runs.results import main_metric
 from runs.start import stored
 from utils import plural, say
 
@@ -50,14 +45,6 @@ def command_of(run, state):
     return [*TRAIN, *run.flags, *(["--resume"] if state == "begun" else [])]
 
 
-def score_of(run):
-    """`R@1 61.50`: the main metric of a finished run's last epoch."""
-    path = RunFolder(run.folder, "").summary
-    metrics = json.loads(path.read_text())["last"]["metrics"] if path.exists() else {}
-    name = main_metric(metrics)
-    return f"{name} {metrics[name]:.2f}" if name else "finished"
-
-
 def environments(jobs):
     """The environment of each of `jobs` runs at a time: a GPU, or a share of the CPU's threads."""
     count = torch.cuda.device_count()
@@ -69,47 +56,31 @@ def environments(jobs):
     return [{**environ, "CUDA_VISIBLE_DEVICES": gpus[i % count]} for i in range(jobs or count)]
 
 
-@contextlib.contextmanager
-def signals_passed_on(processes):
-    """In a `with`: SIGINT and SIGTERM go on to `processes`. Gives a list of those that came."""
-    received = []
-
-    def handle(number, frame):
-        received.append(number)
-        for process in list(processes):
-            process.send_signal(number)  # a terminal sends it too: train.py takes both as one
-
-    former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
-def work(runs, free, working, received):
-    """Run what is missing, each in one of the `free` environments; start nothing once a signal is
-    `received`. Yields (run, how it ended, whether it failed) as runs end, and None meanwhile.
-    `working` holds the processes."""
-    pending, told = list(runs), False
-    while working or pending and not received:
+def work(runs, free, stop):
+    """Run what is missing, each in one of the `free` environments. A signal goes on to what runs,
+    and nothing more is started. Yields (run, how it ended, whether it failed) as runs end, and
+    None meanwhile."""
+    pending, working, told, passed_on = list(runs), {}, False, False
+    while working or pending and not stop.signal:
+        if stop.signal and not passed_on:
+            passed_on = True
+            for process in working:  # a terminal sends it too: train.py takes both as one
+                process.send_signal(stop.signal)
         for run in list(pending):
-            if received or not free:
+            if stop.signal or not free:
                 break
             state = state_of(run)
             if state == "in use":  # by another process: looked at again and again
                 continue
             pending.remove(run)
             if state == "done":
-                yield run, f"{score_of(run)}, by another process", False
+                yield run, "finished by another process", False
                 continue
             with open(run.folder / LOG, "ab") as log:
                 job = run, state, free.pop(0), log.tell(), time.monotonic()
                 process = Popen(command_of(run, state), stdout=log, stderr=log, env=job[2])
             working[process] = job
-            for number in received:  # in the meantime
-                process.send_signal(number)
-        if pending and not (working or received or told):
+        if pending and not (working or stop.signal or told):
             say(f"waiting for {plural(len(pending), 'run')} that other processes are at, such as "
                 f"{pending[0].folder}")  # fmt: skip
             told = True
@@ -121,10 +92,10 @@ def work(runs, free, working, received):
             state = state_of(run)
             if process.returncode == 0 or state == "done":
                 took = tqdm.format_interval(time.monotonic() - since)
-                yield run, f"{score_of(run)}, {took}", False
+                yield run, f"finished in {took}", False
             elif state == "in use" or (before, state) == ("new", "begun"):
                 pending.append(run)  # another process was faster
-            elif not received:
+            elif not stop.signal:
                 status, line = process.returncode, last_line(run.folder / LOG, size)
                 yield run, f"failed with status {status}: {line}", True
 
