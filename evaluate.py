@@ -12,8 +12,8 @@ from dataset.images import union
 from distributed import init_processes, rank
 from flags import SWITCH, Parser, add_data_flags, add_network_flags
 from loading.loader import Loading, batches, test_loader
-from net import CHOICES, concatenate, model_name
-from net.export import MODEL_FILES, save_model
+from net import CHOICES, model_name
+from net.export import MODEL_FILES, concatenate, save_model
 from retrieval.evaluate import describe, evaluate, retrieve
 from retrieval.export import EMBEDDING_FILES, export
 from retrieval.metrics import recall_at_k  # noqa: F401 (as an API)

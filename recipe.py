@@ -6,12 +6,13 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grad_value_, get_total_norm
 
-from distributed import all_gather, all_reduce, all_reduce_gradients, world_size
-from losses import DDML, LOSSES, standard_deviation
+from distributed import all_gather, all_reduce, all_reduce_gradients, rank, world_size
+from losses import DDML, LOSSES
 from net import create_model
 from net.batch_norm import share_batch_norm
+from retrieval.structure import at_the_heads
 from sharded import ShardedDDML, ShardedProxyAnchor, sharded_parameters
-from utils import UserError
+from utils import STEP, UserError, seed_of
 
 # with the published script's settings; fused ones never wait for the device
 OPTIMIZERS = {
@@ -94,11 +95,10 @@ def train_step(
     """
     optimizer.zero_grad()
     output, labels = model(images), all_gather(labels, batch_size)
-    measures = {}
     if model.disent:
         heads = [all_gather(head, batch_size) for head in output]
         loss, terms = criterion(*heads, labels, noise)
-        measures = at_the_heads(criterion, heads, terms) if measured else {}
+        terms |= at_the_heads(criterion, heads, terms) if measured else {}
     else:
         loss = criterion(all_gather(output, batch_size), labels)
         terms = {"metric": loss}
@@ -111,26 +111,8 @@ def train_step(
     gradient = all_reduce(gradient.nan_to_num(math.inf, math.inf), "max")
     clip_grad_value_(parameters, CLIP_VALUE)
     optimizer.step()
-    values = {**terms, "loss": loss, "gradient": gradient, **measures}
+    values = {**terms, "loss": loss, "gradient": gradient}
     return {name: value.detach() for name, value in values.items()}
-
-
-def at_the_heads(criterion, heads, terms):
-    """Of a batch's heads, [B, 2d] each: the mean std of both, and each weighted term's share of the
-    gradient. A share is the L2 norm of the term's gradient at both heads, over the terms' sum."""
-    weights = dict(zip(terms, (1, criterion.al, criterion.be, criterion.gam)))
-    stds = [standard_deviation(head.chunk(2, dim=1)[1])[0].mean() for head in heads]
-    norms = {}
-    for name, term in terms.items():
-        gradients = torch.autograd.grad(
-            term, heads, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        # the mean over ranks: with --shard-proxies each has the part of its own classes, times W
-        whole = all_reduce(torch.cat(gradients).double()) / world_size()
-        norms[f"share_{name}"] = weights[name] * whole.norm().to(term.dtype)
-    total = sum(norms.values()).clamp_min(1e-30)  # all may be 0
-    shares = {name: norm / total for name, norm in norms.items()}
-    return {"std": stds[0], "std_specific": stds[1], **shares}
 
 
 def loss_noise(shape, device):
@@ -139,20 +121,35 @@ def loss_noise(shape, device):
     return noise.to(device, non_blocking=True)
 
 
+def seeded_noise(training):
+    """The loss's noise of this step, None without DDML. Seeds torch: what a step draws depends on
+    --seed, epoch and step alone."""
+    args, model, epoch = training.args, training.model, training.epoch
+    key = args.seed, STEP, epoch.number, epoch.step
+    torch.manual_seed(seed_of(*key))
+    noise = None
+    if model.disent:
+        noise = loss_noise((args.batch_size, model.embedding_size), training.device)
+    if rank():
+        torch.manual_seed(seed_of(*key, rank()))  # for dropout: other images, other masks
+    return noise
+
+
 class Training:
     """What an epoch changes and a checkpoint holds."""
 
-    def __init__(self, args, device, model, criterion, images_digest=None):
-        self.args, self.device, self.images_digest = args, device, images_digest
+    def __init__(self, args, device, model, criterion):
+        self.args, self.device = args, device
         self.model, self.criterion = model, criterion
         self.optimizer, self.scheduler = build_optimizer(args, model, criterion)
+        self.images_digest = None  # a run continues only with the same images
         self.history = []  # of finished epochs, what metrics.jsonl has
         self.start = None  # {metric: per cent} before the first epoch
         self.trained_on = None  # dataset.images.trained_on, on rank 0
         self.epoch = None  # the runs.results.Epoch under way
 
 
-def build_training(args, num_classes, device, weights, images_digest=None):
+def build_training(args, num_classes, device, weights):
     """A run at its start. Seeds torch, so that initial weights and proxies depend on --seed."""
     torch.manual_seed(args.seed)
     model = create_model(
@@ -161,4 +158,4 @@ def build_training(args, num_classes, device, weights, images_digest=None):
     if not args.bn_freeze:
         share_batch_norm(model)  # makes new layers, on the CPU
     criterion = build_criterion(args, num_classes).to(device)
-    return Training(args, device, model.to(device), criterion, images_digest)
+    return Training(args, device, model.to(device), criterion)

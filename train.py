@@ -11,7 +11,7 @@ import dataset
 from dataset.check import leave_out_unreadable
 from dataset.files import UnreadableImage
 from dataset.images import digest_of_names
-from distributed import init_processes, rank, rank_0_first, world_size
+from distributed import init_processes, rank_0_first, world_size
 from flags import (
     SWITCH,
     Parser,
@@ -28,7 +28,7 @@ from loading.cache import keep_on_device, read_from_memory
 from loading.loader import Loading, batches, test_loader, train_loader
 from losses import LOSSES
 from net import CHOICES, compile_backbone, model_name
-from recipe import OPTIMIZERS, build_training, loss_noise, prepare_epoch, settle_loss, train_step
+from recipe import OPTIMIZERS, build_training, prepare_epoch, seeded_noise, settle_loss, train_step
 from retrieval.evaluate import describe, evaluate
 from runs.checkpoint import restore, save
 from runs.checks import check_batches, check_flags, hold_out
@@ -38,18 +38,7 @@ from runs.results import Epoch, in_percent, is_finished, result_of
 from runs.safety import after_step, early_end
 from runs.start import left_out_before, open_run, record
 from runs.tracking import address_of, log_epoch, memory_of
-from utils import (
-    STEP,
-    Interrupted,
-    Stop,
-    progress,
-    run,
-    say,
-    seed_of,
-    set_precision,
-    set_quiet,
-    warn,
-)
+from utils import Interrupted, Stop, progress, run, say, set_precision, set_quiet, warn
 
 
 def build_parser():
@@ -113,29 +102,25 @@ def build_parser():
 
 
 def load_images(args, left_out):
-    """({split: ImageSet}, checked against the batch: train, and test; with --val-classes, val; with
-    --train-on all, train alone; what --skip-unreadable leaves out). left_out: what the run has left
-    out before it was continued, or None."""
+    """({split: ImageSet}, left_out). Splits: train and test; with --val-classes train and val; with
+    --train-on all train alone. left_out: as in leave_out_unreadable."""
     with rank_0_first():
         dataset.prepare(args.dataset, args.data_root)
-    name = dataset.title(args.dataset)
-    splits = dataset.read(args.dataset, args.data_root)
+    name, splits = dataset.title(args.dataset), dataset.read(args.dataset, args.data_root)
     looked = {"train": splits.get("train", ())} if args.val_classes else splits
     looked, left_out = leave_out_unreadable(args, looked, left_out)
-    splits = splits | looked
+    splits |= looked
     image_set = partial(dataset.image_set, args.dataset, splits, background=args.background)
-    images = {"train": (train := image_set("all" if args.train_on == "all" else "train"))}
-    if args.val_classes:  # test images are not needed before the end
-        images = hold_out(args, train)
+    images = {"train": image_set(args.train_on)}
+    if args.val_classes:  # test images are not read before the end
+        images = hold_out(args, images["train"])
         if not (splits.get("test") or splits.get("query")):
             warn(f"{name}: there are no test images, which the end of this run will evaluate")
     elif args.train_on == "train":
         images["test"] = image_set("test")
     check_batches(args, images["train"], name)
     for split, each in images.items():
-        say(describe(f"{name} {'all' if args.train_on == 'all' else split}", each))
-    if args.train_on == "all":
-        say("training on all classes: no test classes; the last epoch is kept")
+        say(describe(f"{name} {args.train_on if split == 'train' else split}", each))
     return images, left_out
 
 
@@ -147,8 +132,7 @@ def build_loading(training, images):
     loading = Loading(args.image_size, args.workers, training.device, model.interpolation)
     if args.cache == "ram":
         paths = [path for each in images.values() for path in each.paths]
-        cache = read_from_memory(paths, args.workers, train.background)
-        loading = loading._replace(cache=cache)
+        loading = loading._replace(read=read_from_memory(paths, args.workers, train.background))
     loader = train_loader(train, args.batch_size, args.seed, loading, args.IPC)
     eval_loader = unseen and test_loader(unseen, args.batch_size, loading)
     if args.cache == "gpu":
@@ -203,20 +187,6 @@ def run_epoch(training, loader, evaluate_unseen, run_folder, stop):
     return retrieved
 
 
-def seeded_noise(training):
-    """The loss's noise of this step, None without DDML. Seeds torch: what a step draws depends on
-    --seed, epoch and step alone."""
-    args, model, epoch = training.args, training.model, training.epoch
-    key = args.seed, STEP, epoch.number, epoch.step
-    torch.manual_seed(seed_of(*key))
-    noise = None
-    if model.disent:
-        noise = loss_noise((args.batch_size, model.embedding_size), training.device)
-    if rank():
-        torch.manual_seed(seed_of(*key, rank()))  # for dropout: other images, other masks
-    return noise
-
-
 def parse_flags(parser, argv):
     """All flags as a namespace, and {name: value} of those on the command line."""
     args, given = given_flags(parser, argv)
@@ -241,11 +211,10 @@ def main(argv=None):
     check_flags(args)
     set_precision(args.precision, args.deterministic)
     images, left_out = load_images(args, left_out_before(run_folder, checkpoint))
+    weights = None if checkpoint else args.weights
     with rank_0_first():
-        training = build_training(
-            args, len(images["train"].classes), device, None if checkpoint else args.weights,
-            digest_of_names(images.values()),
-        )  # fmt: skip
+        training = build_training(args, len(images["train"].classes), device, weights)
+    training.images_digest = digest_of_names(images.values())
     training.model.num_features(args.image_size)  # ends here where the network cannot take it
     if args.compile:
         compile_backbone(training.model, args.compile)

@@ -76,7 +76,7 @@ def measure(split, items, cache, rounds):
         return test_loader(images, BATCH, loading)
 
     peer = torch.utils.data.DataLoader(Usual(paths, usual(split)), BATCH, split == "train")
-    cached = load(loading._replace(cache=cache))
+    cached = load(loading._replace(read=cache))
     loaders = {"ours": load(loading), "cached": cached, "usual": peer}
     if split == "train":
         with contextlib.redirect_stdout(sys.stderr):

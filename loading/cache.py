@@ -26,7 +26,7 @@ class Cache:
         starts = start_of_each(sizes).tolist()
         self.file, self.images = file, dict(zip(paths, zip(starts, sizes.tolist())))
 
-    def __call__(self, path):
+    def __call__(self, path, background=None):  # it was decoded on one
         start, (width, height) = self.images[path]
         with open(self.file, "rb", buffering=0) as file:
             file.seek(start)

@@ -28,7 +28,7 @@ class Loading(NamedTuple):
     workers: int
     device: torch.device
     interpolation: str = "bilinear"
-    cache: Callable | None = None  # path -> RGB image, a loading.cache.Cache; None: the files
+    read: Callable = read_image  # (path, background) -> RGB image; or a loading.cache.Cache
 
 
 class Work(Dataset):
@@ -86,14 +86,9 @@ def train_loader(images, batch_size, seed, loading, images_per_class=None):
     return make_loader(function, loading.workers, loading.device, batch_sampler=keys)
 
 
-def read(images, loading, index):
-    path = images.paths[index]
-    return loading.cache(path) if loading.cache else read_image(path, images.background)
-
-
 def augmented(images, loading, key):
     index, numbers = key
-    image = read(images, loading, index)
+    image = loading.read(images.paths[index], images.background)
     pixels = crop_and_flip(image, *draw(numbers, image.size), loading.size, loading.interpolation)
     return pixels, images.labels[index], index
 
@@ -112,7 +107,7 @@ test_loader.__test__ = False  # not a test of pytest
 
 
 def centred(images, loading, index):
-    image = read(images, loading, index)
+    image = loading.read(images.paths[index], images.background)
     pixels = resize_and_crop(image, loading.size, loading.interpolation)
     return pixels, images.labels[index], index
 

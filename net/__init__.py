@@ -1,7 +1,6 @@
 """The embedding network: a backbone, its pooling, the one or two linear heads."""
 
 import copy
-import math
 from contextlib import nullcontext
 
 import torch
@@ -88,12 +87,6 @@ class EmbeddingNet(nn.Module):
         """The retrieval embedding: mu [B, d], L2-normalised."""
         mu = self.model.embedding(self.features(images))[:, : self.embedding_size]
         return l2_normalize(mu)
-
-
-def concatenate(embeddings):
-    """[[N, d] of each network] -> [N, sum of d]; all L2-normalised. A cosine is the mean of the
-    networks' cosines."""
-    return torch.cat(embeddings, dim=1) / math.sqrt(len(embeddings))
 
 
 def compile_backbone(model, mode=True):

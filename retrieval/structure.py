@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from losses import l2_normalize
+from distributed import all_reduce, world_size
+from losses import l2_normalize, standard_deviation
 
 SMALLEST = torch.finfo(torch.float32).eps  # a smaller share of a spectrum is rounding
 SCALE = 23.0  # of p(k | x), as in DDML's terms
@@ -36,41 +37,35 @@ def effective_rank(p):
     return (-torch.xlogy(p, p).sum()).exp()
 
 
-def class_sums(X, labels):
-    """Of the classes of several images: counts [C], the sum [C, d] of their x, and of |x|^2 [C]."""
-    counts = labels.bincount().double()
-    sums = X.new_zeros(len(counts), X.shape[1]).index_add_(0, labels, X)
-    squares = X.new_zeros(len(counts)).index_add_(0, labels, X.square().sum(dim=1))
-    return (part[counts > 1] for part in (counts, sums, squares))
+def squared_distances(X):
+    """|x - x'|^2 of each pair: of unit vectors, twice the cosine distance."""
+    return torch.pdist(X).double().square()
+
+
+def by_class(X, labels):
+    """[X of a class], without classes of one image."""
+    return [X[labels == c] for c, n in enumerate(labels.bincount()) if n > 1]
 
 
 def density(X, labels):
     """(intra, inter, intra / inter). intra: mean over classes of the mean pairwise cosine distance;
     inter: mean pairwise cosine distance of the L2-normalised means of classes. Classes of one image
     are left out."""
-    n, sums, squares = class_sums(X.double(), labels)
-    intra = (1 - (sums.square().sum(dim=1) - squares) / (n * (n - 1))).mean()
-    means = F.normalize(sums)
-    C, own = len(means), means.square().sum()
-    inter = 1 - (means.sum(dim=0).square().sum() - own) / (C * (C - 1))
+    classes = by_class(X, labels)
+    intra = torch.stack([squared_distances(x).mean() / 2 for x in classes]).mean()
+    means = F.normalize(torch.stack([x.double().mean(dim=0) for x in classes]))
+    inter = squared_distances(means).mean() / 2
     return intra, inter, intra / inter
 
 
 def alignment(X, labels):
     """Mean of |x - x'|^2 over all pairs of one class. (Wang and Isola, ICML 2020)"""
-    n, sums, squares = class_sums(X.double(), labels)
-    return 2 * (n * squares - sums.square().sum(dim=1)).sum() / (n * (n - 1)).sum()
+    return torch.cat([squared_distances(x) for x in by_class(X, labels)]).mean()
 
 
-def uniformity(X, block=1024):
+def uniformity(X):
     """log of the mean of exp(-2 |x - x'|^2) over all pairs. (Wang and Isola, ICML 2020)"""
-    X = X.double()
-    total, squares = 0, X.square().sum(dim=1)
-    for first in range(0, len(X), block):
-        rows, others = slice(first, first + block), slice(first, None)
-        distance = squares[rows, None] + squares[others] - 2 * X[rows] @ X[others].T
-        total += (-2 * distance).exp().triu(1).sum()  # of each pair once
-    return (total / (len(X) * (len(X) - 1) / 2)).log()
+    return (-2 * squared_distances(X)).exp().mean().log()
 
 
 def walks(X, labels, proxies, pairs=200, points=51, seed=0):
@@ -91,3 +86,17 @@ def walks(X, labels, proxies, pairs=200, points=51, seed=0):
     along = torch.stack(entropies).mean(dim=0)
     return {"entropy": along.mean().item(), "slope": torch.stack(slopes).mean().item(),
             "entropy along": along.tolist()}  # fmt: skip
+
+
+def at_the_heads(criterion, heads, terms):
+    """Of a batch's heads [B, 2d]: the mean std of each, and each weighted term's share of the
+    gradient: the L2 norm of its gradient at both heads, over the sum of all terms'."""
+    std, std_specific = (standard_deviation(head.chunk(2, dim=1)[1])[0].mean() for head in heads)
+    norms = []
+    for weight, term in zip((1, criterion.al, criterion.be, criterion.gam), terms.values()):
+        gradients = torch.autograd.grad(term, heads, retain_graph=True, materialize_grads=True)
+        # the mean over ranks: with --shard-proxies each has the part of its own classes, times W
+        norms.append(weight * (all_reduce(torch.cat(gradients)) / world_size()).norm())
+    total = sum(norms).clamp_min(1e-30)  # all may be 0
+    shares = {f"share_{name}": norm / total for name, norm in zip(terms, norms)}
+    return {"std": std, "std_specific": std_specific, **shares}

@@ -29,12 +29,12 @@ def mixed(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_cached_batches_are_those_of_the_files_bit_for_bit(mixed, workers):
-    def loaded(cache):
-        loading = Loading(32, workers, CPU, cache=cache)
+    def loaded(read):
+        loading = Loading(32, workers, CPU, read=read)
         loaders = train_loader(mixed, 2, 1, loading), test_loader(mixed, 4, loading)
         return [batch for loader in loaders for batch in batches(loader, CPU)]
 
-    expected = loaded(None)
+    expected = loaded(read_image)
     read = read_from_memory(mixed.paths, workers)
     for path in mixed.paths:
         assert read(path).tobytes() == read_image(path).tobytes()

@@ -401,7 +401,7 @@ def test_training_on_all_classes_keeps_the_last_epoch_and_evaluates_nothing(here
     command = OWN + "--dataset folder --train-on all"
     train.main(shlex.split(command + " --epochs 1"))
     out = capsys.readouterr().out
-    assert "folder all: 32 images of 4 classes" in out and "training on all classes" in out
+    assert "folder all: 32 images of 4 classes" in out and "Trained on all classes: none" in out
     train.main(shlex.split(command + " --resume"))
     train.main(shlex.split(command + " --LOG_DIR whole"))
     run = run_folder(here)
