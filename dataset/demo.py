@@ -24,9 +24,9 @@ def read(root):
 
 
 def prepare(root):
-    """Draw the images if they are not there yet, or are there without their factors."""
+    """Draw the images if they are not there yet."""
     folder = drawing.folder_of(root, "demo")
-    if not folder.exists() or not drawing.factors_of(folder).exists():
+    if not folder.exists():
         say(f"drawing {len(SHAPES) * len(TEXTURES) * IMAGES_PER_CLASS} images into {folder}")
         drawing.write(folder, draw())
 

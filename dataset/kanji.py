@@ -1,14 +1,14 @@
 """Kanji: a class is a character, its images are that character in fourteen unlike typefaces.
 
 They are drawn from fonts that Debian packages. The characters do not depend on which of the fonts
-are installed. Half of them, in order of code point, train; that order is mostly one of radicals, so
-many parts of the unseen characters are unseen too.
+are installed. Half of them, in order of code point, train. Code points are mostly ordered by
+radical, so unseen characters have many unseen radicals.
 """
 
 import random
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw, ImageFont
 
 from dataset import drawing
 from utils import UserError, say, warn
@@ -52,8 +52,6 @@ def prepare(root, characters=CHARACTERS, side=SIDE):
     folder = drawing.folder_of(root, "kanji")
     if folder.exists():
         return
-    if not features.check("freetype2"):
-        raise UserError("this Pillow draws no text; pip install --force-reinstall pillow")
     if len(fonts := installed()) < 2:
         raise UserError(f"kanji: found {len(fonts)} of {len(FONTS)} typefaces below "
                         f"{', '.join(FOLDERS)}; {how_to_get(FONTS.keys() - fonts)}")  # fmt: skip

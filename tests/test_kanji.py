@@ -17,9 +17,6 @@ from dataset import check, demo, download, kanji
 from tests.conftest import TINY, fails, metrics, run_folder, snapshot
 
 FONTS = {"DejaVuSans.ttf": "fonts-a", "DejaVuSerif.ttf": "fonts-b", "DejaVuSansMono.ttf": "fonts-b"}
-needs_fonts = pytest.mark.skipif(
-    len(kanji.installed()) < len(kanji.FONTS), reason=kanji.how_to_get(kanji.FONTS)
-)
 
 
 @pytest.fixture
@@ -118,7 +115,7 @@ def test_train_draws_once_and_tests_the_second_half(latin, monkeypatch, capsys):
     command = TINY.replace("cub", "kanji") + "--epochs 1"
     train.main(shlex.split(command))
     said = capsys.readouterr()
-    assert "drawing 700 characters in 3 typefaces into data/kanji/images" in said.out
+    assert "drawing 700 characters in 3 typefaces into data/kanji" in said.out
     assert "warning: data" not in said.err
     assert "R@8" in metrics(run_folder(latin.parent))[0]
     before = snapshot(latin)
@@ -155,12 +152,6 @@ def test_missing_fonts_are_one_line_that_names_the_packages(latin, monkeypatch, 
     assert not list(latin.iterdir())
 
 
-def test_a_pillow_that_draws_no_text_is_one_line(latin, monkeypatch, capsys):
-    monkeypatch.setattr(kanji.features, "check", lambda name: False)
-    line = fails(f"--dataset kanji --data-root {latin}", capsys)
-    assert "this Pillow draws no text; pip install" in line
-
-
 def test_download_draws_and_counts_in_other_sizes_too(latin, capsys):
     command = f"kanji --data-root {latin} --characters 5 --size 32"
     download.main(shlex.split(command))
@@ -175,32 +166,6 @@ def test_download_draws_and_counts_in_other_sizes_too(latin, capsys):
     assert snapshot(latin) == before
     line = fails(f"cub --data-root {latin} --size 32", capsys, download.main)
     assert "--characters and --size are kanji's" in line
-
-
-# --- with the fonts ----------------------------------------------------------------------------
-
-
-@needs_fonts
-def test_all_fonts_have_the_default_characters_and_nothing_is_cut(tmp_path, monkeypatch):
-    some = [*kanji.chosen(kanji.CHARACTERS)[::25], *"一鷹"]
-    monkeypatch.setattr(kanji, "chosen", lambda count: some)
-    kanji.prepare(tmp_path)
-    assert faces(tmp_path) == dict.fromkeys(some, 14)
-    inks = {}
-    for row in factors(tmp_path, "kanji"):
-        pixels = np.asarray(Image.open(tmp_path / "kanji" / row["path"]))
-        assert pixels[[0, -1]].min() == pixels[:, [0, -1]].min() == 255
-        inks.setdefault(row["typeface"], []).append(float(row["ink"]))
-    assert {f"{face}.ttf" for face in inks} == set(kanji.FONTS)
-    means = {face: np.mean(values) for face, values in inks.items()}
-    assert max(means, key=means.get) == "misaki_gothic" and min(means.values()) > 0.02
-
-
-@needs_fonts
-def test_the_characters_that_some_fonts_lack_are_in_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(kanji, "chosen", lambda count: ["牙", "穐"])
-    kanji.prepare(tmp_path)
-    assert faces(tmp_path) == {"牙": 11, "穐": 13}
 
 
 # --- the demo's factors ------------------------------------------------------------------------
@@ -229,19 +194,6 @@ def test_the_demos_factors_are_those_of_its_pixels(monkeypatch):
         background = tuple(row[f"background_{colour}"] for colour in ("red", "green", "blue"))
         assert background in {colour for _, colour in image.getcolors(10_000)}
     assert looked_at == 12
-
-
-def test_a_demo_of_an_older_version_gets_its_factors_and_keeps_its_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "IMAGES_PER_CLASS", 1)
-    demo.prepare(tmp_path)
-    whole = factors(tmp_path, "demo")
-    (tmp_path / "demo/factors.csv").unlink()
-    before = snapshot(tmp_path)
-    demo.prepare(tmp_path)
-    assert factors(tmp_path, "demo") == whole
-    after = snapshot(tmp_path)
-    del after[tmp_path / "demo/factors.csv"]
-    assert after == before and not list(tmp_path.glob("demo/.*"))
 
 
 @pytest.mark.parametrize("name", ["demo", "kanji"])
