@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import evaluate
 import train
-from loading.augment import resize_and_crop
 from net import load_model
 from tests.conftest import TINY, fails, made_once, make_cub, make_folder
 from tests.test_page import data_of
@@ -119,17 +118,3 @@ def test_checkpoints_of_different_data_sets_are_refused_and_both_are_named(folds
     assert f"folder ({here}/x/photos)" in line and f"folder ({here}/y/photos)" in line
     line = fails(f"'{paths[0]}' --resume '{paths[1]}'", capsys, evaluate.main)
     assert "name one checkpoint or run folder, or several without --resume" in line
-
-
-def test_each_network_is_fed_images_of_its_own_size(folds, here):
-    sizes = []
-    original = resize_and_crop
-
-    def resize(image, size, *rest):
-        sizes.append(size)
-        return original(image, size, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loading.loader.resize_and_crop", resize)
-        run_evaluate(folds)
-    assert sizes == [32] * 60 + [40] * 60

@@ -104,12 +104,8 @@ BAD = [
     ("--sample 3 --range loss=a:b",           "--range loss=a:b: LOW:HIGH or LOW:HIGH:log"),
     ("--sample 3 --range lr=-2:-1",           "--lr: invalid number"),
     ("--shard 3/2",                           "--shard: invalid shard"),
-    ("--shard 2",                             "--shard: invalid shard"),
-    ("--jobs 0",                              "--jobs: invalid number"),
-    ("--lr 1",                                "unrecognized arguments: --lr 1"),
     ("-- --resume",                           "--resume: a sweep continues what is not finished"),
     ("-- --gpu-id 1",                         "--gpu-id 1: each run gets a GPU of its own"),
-    ("-- --lrr 1",                            "unrecognized arguments: --lrr 1; did you mean"),
     ("--grid weights=a/x.pth,b/x.pth",        "its run folder is that of --weights=a/x.pth"),
     (f"-- --remark {'x' * 250}",              "File name too long"),
 ]  # fmt: skip
