@@ -6,7 +6,8 @@ from statistics import mean
 from textwrap import fill
 
 from flags import Parser
-from runs.gather import by_seed, choose, difference, epoch_by, gather, validation
+from retrieval.picture import png_of
+from runs.gather import VALIDATION, by_seed, choose, difference, epoch_by, gather
 from runs.results import HELD_OUT
 from runs.tables import (
     OF_LOSS,
@@ -23,7 +24,7 @@ from storage import replacing, require_format, require_writable, write_atomicall
 from utils import UserError, plural, run
 
 WIDTH = 100  # columns of text
-# a flag's other values bring other values of these
+# Flags that may differ where this one does.
 BRINGS = {"disent": ("al", "be", "gam"), "loss": OF_LOSS}
 
 
@@ -79,9 +80,9 @@ def comparison(setting, settings, baseline, by):
     found = [other for other in settings if has(other, baseline) and other.images == setting.images
              and other.flags | ignored == setting.flags | ignored]  # fmt: skip
     if not found:
-        return "no baseline with the rest equal"
+        return "no baseline with otherwise equal flags"
     if len(found) > 1:
-        return f"{len(found)} baselines with the rest equal: name one with another --baseline"
+        return f"{len(found)} baselines with otherwise equal flags: name one by another --baseline"
     told = difference(setting, found[0], epoch_by(setting, by), setting.metric)
     return told or "fewer than 2 seeds in common with the baseline"
 
@@ -122,21 +123,23 @@ def report_choice(settings):
     groups = choose(settings)
     if not groups:
         raise UserError("--choose: no finished run has --val-classes, by which to choose")
-    for trials, best, seeds in groups:
-        common = set.intersection(*(set(trial.rows) for trial in trials))
+    for trials, common, best, seeds in groups:
         label = labels_of(trials)[trials.index(best)]
-        tested = best._replace(rows={seed: best.rows[seed] for seed in seeds})
-        metrics = [f"{name} {with_spread(by_seed(tested, 'chosen', name))}"
+        metrics = [f"{name} {with_spread(by_seed(best, 'chosen', name, seeds))}"
                    for name in (best.metric, "MAP@R")]  # fmt: skip
         yield in_lines(
             f"chosen of {plural(len(trials), 'setting')} by {HELD_OUT}MAP@R "
-            f"{with_spread(validation(best, common))} (seeds {', '.join(map(str, sorted(common)))})"
+            f"{with_spread(by_seed(best, *VALIDATION, common))} (seeds {in_order(common)})"
             f": {best.flags['dataset']}, {label}; its test: {', '.join(metrics)} "
-            f"(seeds {', '.join(map(str, seeds))})"
+            f"(seeds {in_order(seeds)})"
         )
-    if len(counts := {len(trials) for trials, _, _ in groups}) > 1:
+    if len(counts := {len(trials) for trials, *_ in groups}) > 1:
         yield in_lines(f"note: between {min(counts)} and {max(counts)} settings were tried: give "
                        "what you compare the same number of trials")  # fmt: skip
+
+
+def in_order(seeds):
+    return ", ".join(map(str, sorted(seeds)))
 
 
 def plot(settings, by):
@@ -186,8 +189,7 @@ def main(argv=None):
         text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         write_atomically(Path(args.markdown).resolve(), text.encode())
     if args.plot and settings:
-        with replacing(Path(args.plot).resolve()) as new:
-            plot(settings, args.by).savefig(new, format="png", dpi=150)
+        write_atomically(Path(args.plot).resolve(), png_of(plot(settings, args.by), 150))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 import dataset
-from dataset.check import load_test_images
+from dataset.check import load_split
 from dataset.images import union
 from distributed import init_processes, rank
 from flags import SWITCH, Parser, add_data_flags, add_network_flags
@@ -80,23 +80,19 @@ def evaluate_all(sources, models, images, loadings):
         set_precision(flags.precision)
         loader = test_loader(images, args.batch_size, loading)
         found.append(evaluate(model.to(loading.device), loader, *asked))
-        report(flags.checkpoint, in_percent(found[-1]))
+        report(flags.checkpoint, found[-1].scores)
     if len(found) == 1:
         return rows, found[0]
     means = {metric: mean(scores[metric] for _, scores in rows) for metric in rows[0][1]}
     report(f"mean of {len(found)}", means)
     embeddings = concatenate([each.embeddings for each in found])
     whole = retrieve(embeddings, images.labels.to(embeddings.device), *asked)
-    report(f"concatenation of {len(found)}", in_percent(whole))
+    report(f"concatenation of {len(found)}", whole.scores)
     return rows, whole
 
 
-def in_percent(retrieved):
-    return {metric: 100 * fraction for metric, fraction in retrieved.scores.items()}
-
-
 def in_shape_of_results(path, checkpoint, scores):
-    """As in results.json: what is not a run's best checkpoint is a last one."""
+    """results.json's keys: *_best.pth fills `chosen`, any other checkpoint `last`."""
     row, history = {"epoch": epoch_of(checkpoint), "metrics": scores}, checkpoint.get("history")
     if not (history and path.endswith("_best.pth")):
         return {"chosen_by": None, "start": None, "chosen": None, "last": row}
@@ -149,7 +145,7 @@ def main(argv=None):
     models = [network_of(*source) for source in sources]
     loadings = [Loading(flags.image_size, args.workers, device, model.interpolation)
                 for (flags, _), model in zip(sources, models)]  # fmt: skip
-    images = load_test_images(args)
+    images = load_split(args, "test")
     about = describe(f"{dataset.title(args.dataset)} test", images)
     say(about)
     if args.save_model and rank() == 0:

@@ -46,7 +46,7 @@ def add_data_flags(parser, data_set, choices, batch_size):
     add("--data-root", default="./data", metavar="DIR",
         help="folder of the data sets, or with --dataset folder of the images")  # fmt: skip
     add("--background", type=colour, metavar="COLOUR",
-        help="of one's own images, put under what is transparent: a name or #rrggbb; by default "
+        help="colour under transparent pixels of your own images: a name or #rrggbb; by default "
         "white")  # fmt: skip
     add("--skip-unreadable", **SWITCH,
         help="of one's own images, leave out those that cannot be read; they are looked for first")

@@ -169,7 +169,7 @@ def runs_of(values_of_runs, parser, rest):
 
 
 def complete(runs, places, head):
-    """Run what is missing; `places`: the environments of the runs at a time. Returns a line for
+    """Run what is missing. `places`: an environment for each concurrent run. Returns a line for
     each that failed."""
     missing = [each for each in runs if state_of(each) != "done"]
     if not missing:

@@ -34,7 +34,7 @@ from runs.checkpoint import restore, save
 from runs.checks import check_batches, check_flags, hold_out
 from runs.finish import finish, test_once
 from runs.report import announce, conclude, say_epoch, say_start
-from runs.results import Epoch, in_percent, is_finished, result_of
+from runs.results import Epoch, is_finished, result_of, with_prefix
 from runs.safety import after_step, early_end
 from runs.start import left_out_before, open_run, record
 from runs.tracking import address_of, log_epoch, memory_of
@@ -49,8 +49,9 @@ def build_parser():
     add("--val-classes", type=share, metavar="SHARE",
         help="hold out this share of the training classes: MAP@R among them chooses the epoch, and "
         "the test images are looked at once, at the end")  # fmt: skip
-    add("--fold", type=at_least(0), help="which such share of the sorted classes, from 0")
-    add("--patience", type=at_least(1), help="end after so many epochs without a better one")
+    add("--fold", type=at_least(0), help="which fold of the sorted classes to hold out, from 0")
+    add("--patience", type=at_least(1), metavar="N",
+        help="stop after N epochs without a better validation MAP@R")  # fmt: skip
     add("--IPC", type=at_least(1), help="balanced batches: images per class; by default any")
     add("--cache", default="none", choices=["none", "ram", "gpu"],
         help="keep decoded images in memory; gpu: the device's, cropped there")  # fmt: skip
@@ -148,7 +149,7 @@ def evaluate_start(training, evaluate_unseen):
     args = training.args
     if evaluate_unseen and not (training.start or training.history or training.epoch.step):
         prepare_epoch(training.model, 0, args.warm, args.bn_freeze)  # else --compile compiles twice
-        training.start = in_percent(evaluate_unseen(), args)
+        training.start = with_prefix(evaluate_unseen().scores, args)
         say_start(training.start)
 
 

@@ -22,8 +22,7 @@ import train
 from benchmarks import lite0
 from dataset import kanji
 from flags import Parser, at_least
-from runs.jobs import Run, environments, state_of
-from runs.naming import run_folder_path
+from runs.jobs import environments, state_of
 from runs.results import rows_of
 from storage import write_atomically
 from utils import UserError, plural, run, say
@@ -139,7 +138,7 @@ def settings_of(suite, scale):
 
 
 def wanted(args, settings, table):
-    """[key] of all runs, seed by seed, so that at any time settings have about as many seeds."""
+    """All runs, ordered by seed: an interrupted suite has about as many seeds of each setting."""
     suite = args.suite + "-long" * args.long
     seeds = range(1, (args.seeds or SUITES[args.suite][1]) + 1)
     keys = [(suite, *each, str(seed)) for seed in seeds for each in settings]
@@ -165,9 +164,7 @@ def run_of(key, settings, args):
     flags = settings[start, setting].replace("LITE0", str(args.root / "lite0.pth"))
     own = f"--seed {seed} --data-root {args.root} --LOG_DIR {args.root / 'logs'}"
     flags = shlex.split(f"{flags} {own} --cache ram --workers 1 --wandb disabled")
-    parser = train.build_parser()
-    parsed, _ = train.parse_flags(parser, flags)
-    return Run(run_folder_path(parsed, parser), flags, parsed.epochs)
+    return sweep.runs_of([{}], train.build_parser(), flags)[0]
 
 
 def prepare(args, scale):

@@ -9,9 +9,10 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
+from retrieval.picture import png_of
 from runs.gather import paired
 from runs.tables import with_spread
-from storage import replacing, write_atomically
+from storage import write_atomically
 from utils import UserError, run
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -160,8 +161,7 @@ def draw(table, path):
             axes.set_yticks(range(len(names)), names if place == 0 else [""] * len(names))
             axes.set_ylim(len(names) - 0.5, -0.5)
             axes.grid(axis="x", alpha=0.3)
-    with replacing(path) as new:
-        figure.savefig(new, format="png", dpi=110)
+    write_atomically(path, png_of(figure, 110))
 
 
 def write(docs=DOCS):

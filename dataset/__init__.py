@@ -50,8 +50,9 @@ def module_of(name):
     return DATASETS.get(canonical_name(name), table)
 
 
-def is_own(name):
-    return hasattr(module_of(name), "OWN")
+def own_flag(name):
+    """The flag that says which images of one's own; None for a published data set."""
+    return getattr(module_of(name), "OWN", None)
 
 
 def title(name):
@@ -70,7 +71,7 @@ def read(name, root):
     return module.read(name if module is table else root)
 
 
-def folder_of(name, root):
+def own_folder(name, root):
     """The folder that all images of one's own are below."""
     return Path(name).parent if module_of(name) is table else Path(root)
 
@@ -78,7 +79,7 @@ def folder_of(name, root):
 def refuse_own_flags(args):
     """UserError for a flag of one's own images beside a published data set."""
     for flag in ("background", "skip_unreadable"):
-        if getattr(args, flag) and not is_own(args.dataset):
+        if getattr(args, flag) and not own_flag(args.dataset):
             raise UserError(f"{flag_of(flag)}: only for images of your own; those of {args.dataset}"
                             " are read as its published script reads them")  # fmt: skip
 
@@ -97,7 +98,7 @@ def load(name, root, split, transform=None, background=None):
 
 def image_set(name, splits, split, transform=None, background=None):
     """`load` for what `read` returned."""
-    background = background or WHITE if is_own(name) else None
+    background = background or WHITE if own_flag(name) else None
     has_gallery = split == "test" and "gallery" in splits
     parts = ["query", "gallery"] if has_gallery else [split]
     if split == "all":
@@ -105,7 +106,7 @@ def image_set(name, splits, split, transform=None, background=None):
     items = [images_on_disk(name, splits, part) for part in parts]
     images = ImageSet(sum(items, []), transform, len(items[0]) if has_gallery else None,
                       background)  # fmt: skip
-    if is_own(name):
+    if own_flag(name):
         warn_of_odd_classes(f"{title(name)} {split}", images, splits, split)
     return images
 

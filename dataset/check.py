@@ -53,7 +53,7 @@ def leave_out_unreadable(args, splits, known=None):
     None: they are looked for."""
     if not args.skip_unreadable:
         return splits, None
-    folder = dataset.folder_of(args.dataset, args.data_root)
+    folder = dataset.own_folder(args.dataset, args.data_root)
     if known is None:
         found = from_rank_0(lambda: unreadable(splits, args.workers))
         known = [os.path.relpath(path, folder) for path in found]
@@ -66,19 +66,19 @@ def leave_out_unreadable(args, splits, known=None):
     return kept, known
 
 
-def load_test_images(args):
-    """The ImageSet to test on; with --skip-unreadable without those that cannot be read."""
+def load_split(args, split):
+    """The ImageSet `train` or `test`; with --skip-unreadable without those that cannot be read."""
     splits = dataset.read(args.dataset, args.data_root)
-    tested = {split: items for split, items in splits.items() if split != "train"}
-    tested, _ = leave_out_unreadable(args, tested)
-    return dataset.image_set(args.dataset, splits | tested, "test", background=args.background)
+    looked = {name: splits[name] for name in splits if (name == "train") == (split == "train")}
+    looked, _ = leave_out_unreadable(args, looked)
+    return dataset.image_set(args.dataset, splits | looked, split, background=args.background)
 
 
 def check(name, root, workers):
     """All problems of a data set, a line each."""
     problems, copies, count = [], defaultdict(list), 0
     splits = dataset.read(name, root)
-    own = dataset.is_own(name)
+    own = bool(dataset.own_flag(name))
     for split in ("train", "test") if own else ():
         try:
             dataset.image_set(name, splits, split)  # as train.py does; warns of odd classes

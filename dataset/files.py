@@ -38,8 +38,8 @@ class UnreadableOwnImage(UnreadableImage):
 
 
 def read_image(path, background=None):
-    """An image file as RGB. background: None for a published data set, whose images are read as
-    its script reads them; for one's own the colour under what is transparent."""
+    """An image file as RGB. background: the colour under transparent pixels of users' images; None:
+    a published data set, read as its script does."""
     with opened(path, own=background is not None) as image:
         return as_rgb(image, background)
 

@@ -36,7 +36,7 @@ class ImageSet(Dataset):
         return list(zip(self.paths, (self.classes[label] for label in self.labels.tolist())))
 
     def joined(self, other):
-        """Both sides of hold_out as one, sorted: the same for every fold."""
+        """Undoes hold_out: the same images in the same order for every fold."""
         return ImageSet(sorted(self.items() + other.items()), background=self.background)
 
     def hold_out(self, fraction, fold):
@@ -83,7 +83,7 @@ def trained_on(images):
 
 
 def union(parts):
-    """All of several `trained_on`; None if one is, of a checkpoint that does not know."""
+    """Several `trained_on` as one; None if any is None."""
     if None in parts:
         return None
     return {"classes": sorted({name for part in parts for name in part["classes"]}),

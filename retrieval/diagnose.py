@@ -11,7 +11,7 @@ from dataset.images import ImageSet
 from loading.loader import batches, test_loader
 from losses import l2_normalize, standard_deviation
 from retrieval.embed import require_finite
-from retrieval.metrics import fractions, hits_at_k, precision_at_r
+from retrieval.evaluate import retrieve
 from retrieval.probes import factors_of, probes
 from retrieval.structure import alignment, density, effective_rank, rho, spectrum, uniformity, walks
 from utils import UserError, progress
@@ -31,16 +31,16 @@ MEASURES = {
     "uniformity": "log of the mean of exp(-2 |x - x'|^2) over all pairs",
     "effective rank": "exp(entropy of s / sum(s)), s: singular values of X, centred",
     "std": "mean over images and dimensions of softplus(s - 5), s: raw scale of the head",
-    "entropy": "in nats, of p(k | x) = softmax(23 cos(x, P)) over the training classes; mean on "
-    "straight ways between images of two classes, normalised at each point",
-    "slope": "largest change of the top p(k | x) on such a way of length 1; mean over ways",
+    "entropy": "in nats, of p(k | x) = softmax(23 cos(x, P)) over the training classes; mean along "
+    "the straight line between two images of different classes, normalised at each point",
+    "slope": "largest change of the top p(k | x) along such a line of length 1; mean over lines",
 }
 
 
 def equal_sample(sides, most=MOST, seed=0):
-    """[indices] for the labels [N] of two sides: of both as many classes, chosen by seed, and the
-    k-th largest class of one is cut to the size of the k-th largest of the other. So both sides
-    have as many images too, and their queries as many matches.
+    """[indices] for the labels [N] of two sides. Both sides get the same number of classes, drawn
+    by seed; the k-th largest classes of both are cut to one size. So both sides have as many images
+    too, and their queries as many matches.
 
     Classes of one image are left out. Where there would be more than `most` images, classes are cut
     to most / C, but not below 20, and whole classes are left out.
@@ -87,9 +87,9 @@ def embed_heads(model, loader):
 def measure(X, labels):
     """{measure: number} of one head on one side, with its spectra."""
     p, centred = spectrum(X), spectrum(X, centred=True)
-    scores = fractions(hits_at_k(X, labels, (1,)))[1], precision_at_r(X, labels)["MAP@R"]
+    scores = retrieve(X, labels, (1,), at_r=True).scores
     numbers = {
-        "R@1": 100 * scores[0], "MAP@R": 100 * scores[1], "rho": rho(p), "rho@2": rho(p[1:]),
+        "R@1": scores["R@1"], "MAP@R": scores["MAP@R"], "rho": rho(p), "rho@2": rho(p[1:]),
         **dict(zip(("intra", "inter", "density"), density(X, labels))),
         "alignment": alignment(X, labels), "uniformity": uniformity(X),
         "effective rank": effective_rank(centred),

@@ -12,7 +12,7 @@ from utils import plural, progress
 
 
 class Retrieved(NamedTuple):
-    scores: dict  # {"R@K": fraction}, MAP@R and R-Precision if wanted
+    scores: dict  # {"R@K": per cent}, MAP@R and R-Precision if wanted
     embeddings: torch.Tensor  # [N, d] of all images
     hits: dict  # {k: [Q], whether a query has an image of its class among its k nearest}
 
@@ -35,7 +35,7 @@ def retrieve(embeddings, labels, ks, queries=None, at_r=False):
     scores = {f"R@{k}": fraction for k, fraction in fractions(hits).items()}
     if at_r:
         scores |= precision_at_r(*query, *gallery)
-    return Retrieved(scores, embeddings, hits)
+    return Retrieved({name: 100 * score for name, score in scores.items()}, embeddings, hits)
 
 
 def describe(name, images):

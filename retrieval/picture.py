@@ -7,6 +7,13 @@ import torch
 from retrieval.page import small_picture
 
 
+def png_of(figure, dpi):
+    """A matplotlib figure as a PNG's bytes."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=dpi)
+    return picture.getvalue()
+
+
 def draw_neighbours(images, similarities, indices, count=8):
     """A row for each of `count` queries, evenly spaced, with its `neighbours`: a tick and a line
     for those of its class, a cross and dashes for others."""
@@ -31,7 +38,7 @@ def draw_neighbours(images, similarities, indices, count=8):
 
 
 def draw_diagnosis(diagnosis, title):
-    """Spectra, entropy on the ways between classes, bars of the measures and of the probes, of each
+    """Spectra, entropy between two classes, bars of the measures and of the probes, of each
     head on training and on unseen classes: a PNG's bytes."""
     from matplotlib.figure import Figure
 
@@ -44,9 +51,7 @@ def draw_diagnosis(diagnosis, title):
     draw_lines(lines, diagnosis)
     draw_bars(bars, diagnosis)
     draw_probes(probed, diagnosis)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    return picture.getvalue()
+    return png_of(figure, 110)
 
 
 COLOURS = {"retrieval": "#0060a8", "specific": "#d1600a", "pixels": "#8a8a8a"}
@@ -66,7 +71,7 @@ def sides_of(diagnosis):
 def draw_lines(figure, diagnosis):
     panels = {"spectrum": ("spectrum s / sum(s), not centred", "singular value, by size"),
               "centred spectrum": ("the same of centred embeddings", "singular value, by size"),
-              "entropy along": ("entropy between two classes (nats)", "on the way, 0 to 1")}
+              "entropy along": ("entropy between two classes (nats)", "along the line, 0 to 1")}
     sides = sides_of(diagnosis)
     panels = {name: words for name, words in panels.items() if name in sides[0][-1]}
     for axes, (name, (title, below)) in zip(figure.subplots(1, len(panels)), panels.items()):
@@ -91,10 +96,9 @@ def draw_bars(figure, diagnosis):
         values = [numbers[name] for *_, numbers in sides]
         places = [i + 0.4 * (i // 2) for i in range(len(values))]
         for x, value, (_, colour, style, alpha, _) in zip(places, values, sides):
-            axes.bar(x, value, color=colour, alpha=alpha, edgecolor=colour, linestyle=style)
+            bar = axes.bar(x, value, color=colour, alpha=alpha, edgecolor=colour, linestyle=style)
             text = f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
-            axes.annotate(text, (x, value), ha="center", fontsize="x-small",
-                          va="bottom" if value >= 0 else "top")  # fmt: skip
+            axes.bar_label(bar, [text], fontsize="x-small")
         axes.set_title(name, fontsize="medium")
         axes.margins(y=0.15)
         axes.set_xticks([])
@@ -115,10 +119,9 @@ def draw_probes(figure, diagnosis):
             for i, name in enumerate(names):
                 _, colour, style, alpha = look_of(name, side)
                 y, value = row + 0.8 * ((i + 0.5) / len(names) - 0.5), max(result[name], 0)
-                axes.barh(y, value, 0.8 / len(names), color=colour, alpha=alpha, edgecolor=colour,
-                          linestyle=style)  # fmt: skip
-                axes.annotate(f" {round(result[name])}", (value, y), va="center",
-                              fontsize="x-small")  # fmt: skip
+                bar = axes.barh(y, value, 0.8 / len(names), color=colour, alpha=alpha,
+                                edgecolor=colour, linestyle=style)  # fmt: skip
+                axes.bar_label(bar, [f" {round(result[name])}"], fontsize="x-small")
             axes.vlines(result["chance"], row - 0.45, row + 0.45, "k", linewidth=2)
         axes.set(xlim=(0, 108), ylim=(len(factors) - 0.4, -0.6), yticks=range(len(factors)),
                  yticklabels=[f"{name} ({kind})" for name, kind in factors],

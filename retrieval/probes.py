@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import UserError, warn
+from utils import UserError, plural, warn
 
-FEW = 10  # a column of numbers with more values than this is a number, any other a class
+# Numeric columns with more different values than this are regressed; all others are classified.
+FEW = 10
 
 
 def read_factors(file):
@@ -59,11 +60,9 @@ def factors_of(factors, paths, side):
                             f"images, such as {missing[0]}; a path is relative to the list")
         values = np.array([column[key] for key in absolute])
         count = len(np.unique(values))
-        if count == 1:
-            warn(f"--factors: {name} is the same in all {side} images, so it is not probed there")
-        elif is_class(values) and count > len(values) / 2:
-            warn(f"--factors: {name} has {count:,} values in {len(values):,} {side} images, too "
-                 "many for a class, so it is not probed there")  # fmt: skip
+        if count == 1 or is_class(values) and count > len(values) / 2:
+            warn(f"--factors: {name} has {plural(count, 'value')} in {len(values):,} {side} images,"
+                 " so it cannot be probed there")  # fmt: skip
         else:
             chosen[name] = values
     return chosen
@@ -73,15 +72,15 @@ def is_class(values):
     return values.dtype.kind != "f"
 
 
-def halves(values, seed=0):
+def halves(values):
     """(fitted, held out): indices of every other image, in order of value and at random within one,
     so that both halves have each value as often."""
     codes = np.unique(values, return_inverse=True)[1]
-    order = np.lexsort((np.random.default_rng(seed).random(len(values)), codes))
+    order = np.lexsort((np.random.default_rng(0).random(len(values)), codes))
     return order[::2], order[1::2]
 
 
-def probe(features, values, seed=0):
+def probe(features, values):
     """Per cent on held-out images of features [N, F], standardised: of classes, those that
     scikit-learn's logistic regression names; of numbers, the variance that its ridge regression
     explains (R^2), its penalty chosen on the fitted images."""
@@ -89,7 +88,7 @@ def probe(features, values, seed=0):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    fitted, held_out = halves(values, seed)
+    fitted, held_out = halves(values)
     classes, numbers = LogisticRegression(max_iter=1000), RidgeCV(np.logspace(-1, 5, 13))
     model = make_pipeline(StandardScaler(), classes if is_class(values) else numbers)
     with warnings.catch_warnings():
@@ -98,11 +97,11 @@ def probe(features, values, seed=0):
     return 100 * float(model.score(features[held_out], values[held_out]))
 
 
-def chance(values, seed=0):
+def chance(values):
     """What `probe` scores without features: by the value that is the most frequent, or the mean."""
     if not is_class(values):
         return 0.0
-    fitted, held_out = halves(values, seed)
+    fitted, held_out = halves(values)
     names, counts = np.unique(values[fitted], return_counts=True)
     return 100 * float((values[held_out] == names[counts.argmax()]).mean())
 

@@ -69,18 +69,18 @@ def uniformity(X):
 
 
 def walks(X, labels, proxies, pairs=200, points=51, seed=0):
-    """{"entropy", "slope", "entropy along": [points]} of p(k | x) = softmax(23 cos(x, P)) on
-    straight ways between two images of different classes, normalised at each point. entropy: in
-    nats, mean over ways and points; slope: the largest change of the top p(k | x) between two
-    points, over their distance, where a way is from 0 to 1; mean over ways."""
+    """{"entropy", "slope", "entropy along": [points]} of p(k | x) = softmax(23 cos(x, P)) along the
+    straight line between two images of different classes, normalised at each point. entropy: in
+    nats, mean over lines and points; slope: the largest change of the top p(k | x) between two
+    points, over their distance, where a line is from 0 to 1; mean over lines."""
     rng, numbers = np.random.default_rng(seed), labels.cpu().numpy()
     starts = rng.integers(len(X), size=pairs)
     ends = [rng.choice(np.flatnonzero(numbers != numbers[start])) for start in starts]
     t = torch.linspace(0, 1, points, dtype=X.dtype, device=X.device)[:, None]
     P, entropies, slopes = l2_normalize(proxies.to(X)), [], []
     for start, end in zip(starts, ends):
-        way = l2_normalize((1 - t) * X[start] + t * X[end])                     # [points, d]
-        log_p = (SCALE * way @ P.T).log_softmax(dim=1)                          # [points, C]
+        line = l2_normalize((1 - t) * X[start] + t * X[end])                     # [points, d]
+        log_p = (SCALE * line @ P.T).log_softmax(dim=1)                          # [points, C]
         entropies.append(-(log_p.exp() * log_p).sum(dim=1))
         slopes.append(log_p.amax(dim=1).exp().diff().abs().max() * (points - 1))
     along = torch.stack(entropies).mean(dim=0)

@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import dataset
+from dataset.check import load_split
 from distributed import world_size
 from losses import class_proxies
 from recipe import build_criterion
@@ -40,15 +41,15 @@ def trained_images(args, checkpoint):
     if theirs.get("train_on") == "all" or dataset.title(trained) != title:
         raise UserError("--diagnose: compares training classes with unseen ones, and this network "
                         f"was trained on all classes of {title}, or on none")  # fmt: skip
-    images = dataset.load(args.dataset, args.data_root, "train")
+    images = load_split(args, "train")
     return hold_out(Namespace(**theirs), images)["train"] if theirs.get("val_classes") else images
 
 
 def stored_proxies(path, checkpoint, num_classes):
     """Proxies [C, d] of the training classes; None, and says so, where there are none."""
-    where = f"{path}: no ways between classes:"
+    where = f"{path}: entropy and slope are left out:"
     if "criterion_state_dict" not in checkpoint:
-        say(f"{where} it has no proxies, a run's *_last.pth has them")
+        say(f"{where} they need the proxies, which *_last.pth has")
         return None
     flags = Namespace(**{**checkpoint["args"], "shard_proxies": False})
     criterion = build_criterion(flags, num_classes)
@@ -71,6 +72,6 @@ def write_diagnosis(path, epoch, diagnosis, page=None):
     drawn = path.with_name(f"{path.stem}_diagnosis.png")
     write_atomically(drawn, picture)
     print(f"{drawn}: the same, drawn")
-    for file in {path.with_name("page.html").resolve(), Path(page or path).resolve()}:
-        if file.suffix == ".html" and file.exists():
-            write_atomically(file, add_to_page(file.read_bytes(), title, lines, picture))
+    pages = [path.with_name("page.html"), *([page] if page else [])]
+    for file in filter(Path.exists, {Path(each).resolve() for each in pages}):
+        write_atomically(file, add_to_page(file.read_bytes(), title, lines, picture))

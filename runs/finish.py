@@ -1,15 +1,14 @@
 """What a finished run leaves: results.json, a page and its curves."""
 
-import io
 from functools import partial
 
 import dataset
-from dataset.check import load_test_images
+from dataset.check import load_split
 from distributed import from_rank_0, rank
 from loading.loader import Loading, test_loader
 from retrieval.evaluate import describe, evaluate
 from retrieval.page import results_page
-from retrieval.picture import draw_neighbours
+from retrieval.picture import draw_neighbours, png_of
 from retrieval.search import NEIGHBOURS, neighbours
 from runs.results import TERMS, remarks_on_images, results_of, rows_of, scores_of, summary
 from runs.start import facts_of
@@ -22,7 +21,7 @@ def test_once(training, images, run_folder):
     """The end of a run with --val-classes: the test images by the last and by the chosen network.
     Returns (what the chosen one retrieves, {"chosen", "last": {metric: per cent}})."""
     args, model = training.args, training.model
-    images["test"] = load_test_images(args)
+    images["test"] = load_split(args, "test")
     say(describe(f"{dataset.title(args.dataset)} test", images["test"]))
     loading = Loading(args.image_size, args.workers, training.device, model.interpolation)
     loader = test_loader(images["test"], args.batch_size, loading)
@@ -31,7 +30,7 @@ def test_once(training, images, run_folder):
         checkpoint = from_rank_0(partial(read_checkpoint, path))
         model.load_state_dict(checkpoint["model_state_dict"])
         retrieved = evaluate(model, loader, ks, images["test"].queries, at_r=True)
-        tested[name] = {metric: 100 * score for metric, score in retrieved.scores.items()}
+        tested[name] = retrieved.scores
     return retrieved, tested
 
 
@@ -89,6 +88,4 @@ def draw_curves(history):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+    return png_of(figure, 120)

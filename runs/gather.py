@@ -13,8 +13,9 @@ from runs.checkpoint import FREE_ON_RESUME
 from runs.results import HELD_OUT, rows_of
 from utils import UserError, plural
 
-# Flags of which one setting may have several values. All others are computed with.
+# Flags that may differ within a row; all others change the numbers.
 NOT_COMPARED = FREE_ON_RESUME - {"epochs"} | {"seed", "fold", "remark"}
+VALIDATION = "chosen", f"{HELD_OUT}MAP@R"  # the epoch and the metric that choose a setting
 FILES = ("args.json", "metrics.jsonl", "*_last.pth")  # any of which a run leaves
 
 
@@ -77,7 +78,7 @@ def why_unfinished(path, flags):
 
 def identity(flags, images):
     """(flags, images, key) of a run's setting: what is computed with, and of which images."""
-    own = getattr(dataset.module_of(flags["dataset"]), "OWN", None)  # says which images
+    own = dataset.own_flag(flags["dataset"])
     # None: not given, or of a run from before there was the flag
     compared = {name: value for name, value in flags.items()
                 if value is not None and name not in NOT_COMPARED - {own}}  # fmt: skip
@@ -104,10 +105,11 @@ def epoch_by(setting, by=None):
     return by or ("chosen" if setting.flags.get("val_classes") else "last")
 
 
-def by_seed(setting, which, metric):
-    """{seed: per cent}, the mean over its folds; {} unless every run has the metric."""
-    runs = {seed: [rows.get(which, {}).get(metric) for rows in folds.values()]
-            for seed, folds in setting.rows.items()}  # fmt: skip
+def by_seed(setting, which, metric, seeds=None):
+    """{seed: per cent} of all or of some `seeds`, the mean over folds; {} unless each of their runs
+    has the metric."""
+    runs = {seed: [rows.get(which, {}).get(metric) for rows in setting.rows[seed].values()]
+            for seed in seeds or setting.rows}  # fmt: skip
     if any(value is None for values in runs.values() for value in values):
         return {}
     return {seed: mean(values) for seed, values in runs.items()}
@@ -150,32 +152,25 @@ def paired(ours, theirs):
 
 
 def choose(settings):
-    """[(settings of a group, the best of them, its seeds to report)], by mean validation MAP@R of
-    the seeds that all settings of the group have; what is reported are its seeds beyond those,
-    if there are any."""
-    groups = {}
+    """[(settings of a group, their common seeds, the best, its reported seeds)]. Best by mean
+    validation MAP@R over the seeds common to all settings; reported on its other seeds, if it has
+    any."""
+    groups, found = {}, []
     for setting in settings:
-        if by_seed(setting, "chosen", f"{HELD_OUT}MAP@R"):
+        if by_seed(setting, *VALIDATION):
             groups.setdefault(group_of(setting), []).append(setting)
-    return [(trials, *best_of_trials(trials)) for trials in groups.values()]
+    for trials in groups.values():
+        common = set.intersection(*(set(trial.rows) for trial in trials))
+        if not common:
+            raise UserError(f"--choose: {trials[0].flags['loss']} has {len(trials)} settings "
+                            "without a seed in common; train all with one, to choose by that")
+        means = [mean(by_seed(trial, *VALIDATION, common).values()) for trial in trials]
+        best = trials[means.index(max(means))]
+        found.append((trials, common, best, best.rows.keys() - common or common))
+    return found
 
 
 def group_of(setting):
-    """What is no hyper-parameter: settings that differ in the rest alone are trials of a group."""
+    """Settings that agree in these are trials of one search."""
     names = ("dataset", "val_classes", "model", "image_size", "embedding_size", "loss", "disent")
     return str([setting.images, *map(setting.flags.get, names)])
-
-
-def best_of_trials(trials):
-    common = set.intersection(*(set(trial.rows) for trial in trials))
-    if not common:
-        raise UserError(f"--choose: {trials[0].flags['loss']} has {len(trials)} settings without a "
-                        "seed in common; train all with one, to choose by that")  # fmt: skip
-    best = max(trials, key=lambda trial: mean(validation(trial, common).values()))
-    return best, sorted(best.rows.keys() - common or common)
-
-
-def validation(setting, seeds):
-    """{seed: validation MAP@R of the chosen epoch} of these seeds."""
-    values = by_seed(setting, "chosen", f"{HELD_OUT}MAP@R")
-    return {seed: values[seed] for seed in seeds}

@@ -21,8 +21,8 @@ SHORT = {"data_root": "", "model": "", "optimizer": "", "image_size": "size",
 def settings(args, parser):
     """{flag: value} of the flags that change what is computed, and the same of their usual values:
     those of the data set's published command, else the defaults."""
-    own = getattr(dataset.module_of(args.dataset), "OWN", "dataset")  # says where own images are
-    deciding = sorted(vars(args).keys() - FREE_ON_RESUME | {own})
+    own = dataset.own_flag(args.dataset)
+    deciding = sorted(vars(args).keys() - FREE_ON_RESUME | {own or "dataset"})
     usual = {name: parser.get_default(name) for name in deciding}
     usual |= own_values(args.loss) | getattr(dataset.module_of(args.dataset), "RECIPE", {})
     given = {name: getattr(args, name) for name in deciding}
@@ -62,7 +62,7 @@ def setting_name(args, parser):
     """The run's group in wandb: method, DDML's weights and what is unusual, without seed and fold;
     at most 100 characters, of 128 that wandb takes."""
     chosen, usual = settings(args, parser)
-    parts = [re.sub(r"[/\\#?%:]", "_", dataset.title(args.dataset))]
+    parts = [title_for_wandb(args)]
     parts += ["ddml"] if args.disent else []
     parts += [args.loss] if args.loss != "Proxy_Anchor" or not args.disent else []
     if args.disent:
@@ -70,6 +70,10 @@ def setting_name(args, parser):
     other = {"dataset", "loss", "disent", "al", "be", "gam", "seed", "fold", "remark"}
     name = "-".join(parts + unusual(chosen, usual, chosen.keys() - other))
     return name if len(name) <= 100 else f"{name[:91]}-{sha256(name.encode()).hexdigest()[:8]}"
+
+
+def title_for_wandb(args):
+    return re.sub(r"[/\\#?%:]", "_", dataset.title(args.dataset))  # what it forbids
 
 
 def text_of(value):

@@ -78,14 +78,13 @@ def result_of(training, steps, retrieved):
         "seconds": sum(seconds.values()),
         **{f"seconds_{what}": spent for what, spent in seconds.items()},
         "images_per_second": images / (seconds["data"] + seconds["step"]),
-        **(in_percent(retrieved, training.args) if retrieved else {}),
+        **(with_prefix(retrieved.scores, training.args) if retrieved else {}),
     }
 
 
-def in_percent(retrieved, args):
+def with_prefix(scores, args):
     """{metric: per cent}, of held-out classes under names that say so."""
-    prefix = HELD_OUT if args.val_classes else ""
-    return {f"{prefix}{name}": 100 * score for name, score in retrieved.scores.items()}
+    return {f"{HELD_OUT if args.val_classes else ''}{name}": scores[name] for name in scores}
 
 
 def main_metric(result):

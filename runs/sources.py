@@ -18,7 +18,7 @@ def resolve_flags(parser, argv, outputs):
         parser.error("name one checkpoint or run folder, or several without --resume")
     sources, trained = [], {}
     for path in map(checkpoint_in, args.checkpoint or [args.resume]):
-        flags, checkpoint = flags_of(parser, given, path, outputs)
+        flags, checkpoint = read_source(parser, given, path, outputs)
         sources.append((flags, checkpoint))
         if "dataset" in checkpoint.get("args", {}):
             trained.setdefault(images_of(checkpoint["args"]), path)
@@ -33,7 +33,7 @@ def resolve_flags(parser, argv, outputs):
     return sources
 
 
-def flags_of(parser, given, path, outputs):
+def read_source(parser, given, path, outputs):
     """(flags, checkpoint). A flag comes from the command line, else from the checkpoint's flags,
     else from the shapes of its weights, else from the default."""
     checkpoint = read_checkpoint(path)
@@ -45,7 +45,7 @@ def flags_of(parser, given, path, outputs):
     unused = {*outputs, "checkpoint", "resume", "gpu_id", "workers", "remark"}
     if given.get("dataset", theirs.get("dataset")) != theirs.get("dataset"):
         unused |= {"ks", "data_root", "skip_unreadable"}
-        if not dataset.is_own(given["dataset"]):
+        if not dataset.own_flag(given["dataset"]):
             unused.add("background")
     kept = vars(parser.parse_args([])).keys() - unused
     stored = {flag: value for flag, value in theirs.items() if flag in kept}
@@ -57,7 +57,7 @@ def flags_of(parser, given, path, outputs):
 
 def images_of(flags):
     """The data set's name, and of one's own images, the path."""
-    own = getattr(dataset.module_of(flags["dataset"]), "OWN", None)
+    own = dataset.own_flag(flags["dataset"])
     place = f" ({Path(flags[own]).resolve()})" if own in flags else ""
     return f"{dataset.title(flags['dataset'])}{place}"
 

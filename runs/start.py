@@ -175,8 +175,8 @@ def describe_process(argv, device):
 
 
 def facts_of(images, device, known=None):
-    """What numbers are of: the images of each split, how many of these are in `known`, a
-    dataset.images.trained_on, the code, the device."""
+    """Behind the numbers: counts and digest of each split, how many images are in `known` (a
+    trained_on), commit, device."""
     process = describe_process([], device)
     whole = {"train + val": images["train"].joined(images["val"])} if "val" in images else {}
     counts = {split: {"images": len(each), "classes": len(each.classes),

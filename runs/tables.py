@@ -1,4 +1,4 @@
-"""Settings as text: labels, tables, verdicts."""
+"""Settings as text: labels and tables."""
 
 from itertools import groupby
 from statistics import mean, stdev
@@ -43,7 +43,7 @@ def labels_of(settings):
 
 
 def same_images(settings):
-    """[(data set, its settings)], apart where the images differ, or the share held out."""
+    """[(data set, settings)]: one group per data set, images and held-out share."""
 
     def key(setting):
         flags = setting.flags
@@ -93,7 +93,7 @@ def full_table(settings, compared, by):
             row |= {"epochs": str(flags["epochs"]), "seeds": seeds_of(setting)}
             for which in ("start", "chosen", "best", "last"):
                 row |= {f"{which} {name}": with_spread(by_seed(setting, which, name))
-                        for name in metrics_of(setting, which) if is_shown(name)}  # fmt: skip
+                        for name in metrics_of(setting, which)}  # fmt: skip
             if is_like_the_papers(setting) and flags.items() >= PAPERS_METHOD.items():
                 best = mean(by_seed(setting, "best", metric).values())
                 row[f"difference of best {metric} to the paper's"] = f"{best - paper[metric]:+.2f}"
@@ -112,11 +112,6 @@ def as_lists(rows, order=lambda column: 0):
     columns = dict.fromkeys(name for row in rows for name, text in row.items() if text)
     columns = sorted(columns, key=order)
     return [columns, *[[row.get(column, "") for column in columns] for row in rows]]
-
-
-def is_shown(metric):
-    """Of the metrics of held-out classes, the one that chooses."""
-    return not metric.startswith(HELD_OUT) or metric == f"{HELD_OUT}MAP@R"
 
 
 def short_table(group, by):

@@ -4,7 +4,6 @@ import contextlib
 import io
 import netrc
 import os
-import re
 import warnings
 from functools import partial
 from urllib.parse import urlparse
@@ -12,7 +11,8 @@ from urllib.parse import urlparse
 import torch
 from PIL import Image
 
-import dataset
+from retrieval.picture import png_of
+from runs.naming import title_for_wandb
 from runs.results import results_of, rows_of, scores_of
 from utils import Interrupted, UserError, warn
 
@@ -76,12 +76,11 @@ def track(args, mode, setting, folder, run_id, config, history):
 def start_wandb(args, mode, setting, folder, run_id, config):
     import wandb
 
-    title = re.sub(r"[/\\#?%:]", "_", dataset.title(args.dataset))[:90]  # what wandb forbids
     fold = f"-f{args.fold}" if args.val_classes else ""
     start = partial(
         wandb.init, id=run_id, resume="allow" if run_id else None, dir=str(folder), config=config,
         name=os.environ.get("WANDB_NAME") or f"{setting}{fold}-s{args.seed}{args.remark}",
-        project=os.environ.get("WANDB_PROJECT") or f"{title}_DDML+PA",
+        project=os.environ.get("WANDB_PROJECT") or f"{title_for_wandb(args)[:90]}_DDML+PA",
         group=os.environ.get("WANDB_RUN_GROUP") or setting,
         tags=[args.loss, "DDML" if args.disent else "plain", args.model],
         settings=wandb.Settings(init_timeout=30, silent=True),
@@ -126,10 +125,9 @@ def log_picture(run, figure):
     """Log a matplotlib figure with the last epoch."""
     import wandb
 
-    picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # matplotlib's font lacks some letters
-        figure.savefig(picture)
+        picture = io.BytesIO(png_of(figure, 100))
     run.log({"retrieval": wandb.Image(Image.open(picture))}, step=run.step)
 
 

@@ -139,7 +139,7 @@ def test_runs_of_other_images_never_share_a_row_or_a_comparison(here, capsys, ot
         make_run(f"--seed {seed} --remark _moved", 50, images=changed)
     make_run("--disent True --al 1 --seed 3 --remark _moved", 50, images=changed)
     assert sorted(row["seeds"] for row in table()) == ["1", "2", "2"]
-    assert text_of("", capsys).count("no baseline with the rest equal") == 1
+    assert text_of("", capsys).count("no baseline with otherwise equal flags") == 1
 
 
 def test_what_is_computed_with_makes_a_row_and_what_is_not_does_not(here):
@@ -189,7 +189,7 @@ def test_a_baseline_of_another_loss_has_its_own_margin_and_scale(here, capsys):
     )
     make_run("--seed 1 --loss CosFace --mrg 0.2", 50)
     out = text_of("--baseline loss=CosFace", capsys)
-    assert "ArcFace: 2 baselines with the rest equal: name one with another --baseline" in out
+    assert "ArcFace: 2 baselines with otherwise equal flags: name one by another --baseline" in out
     out = text_of("--baseline loss=CosFace --baseline mrg=0.35", capsys)
     assert "ArcFace: last R@1 is higher" in out and "CosFace --mrg 0.2: fewer than 2" in out
 

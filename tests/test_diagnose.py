@@ -31,7 +31,8 @@ from recipe import build_criterion
 from retrieval.diagnose import SIDES, equal_sample
 from retrieval.probes import chance, halves, probe
 from retrieval.structure import alignment, density, effective_rank, rho, spectrum, uniformity, walks
-from tests.conftest import TINY, checkpoint_of, fails, made_once, make_cub, run_folder
+from runs import diagnosis
+from tests.conftest import TINY, checkpoint_of, fails, made_once, make_cub, make_folder, run_folder
 from tests.test_page import data_of
 
 
@@ -211,7 +212,7 @@ def test_a_diagnosis_goes_to_the_terminal_json_a_picture_and_the_page_of_its_run
     assert "N = 40 images of 4 classes" in said.out and "not centred, not squared" in said.out
     assert (found["images"], found["classes"], found["dimensions"]) == (40, 4, 8)
     for side in SIDES:
-        assert f"constant is the same in all {side} images" in said.err
+        assert f"constant has 1 value in 40 {side} images" in said.err
         assert f"name has 40 values in 40 {side} images" in said.err
     names = {"class": "class", "brightness": "number", "parity": "class"}
     assert {(row["of"], row["kind"]) for row in found["probes"]} == set(names.items())
@@ -232,7 +233,7 @@ def test_a_diagnosis_goes_to_the_terminal_json_a_picture_and_the_page_of_its_run
     best = checkpoint_of(trained, "best")
     evaluate.main(shlex.split(f"'{trained}' --workers 0 --diagnose"))
     said = capsys.readouterr().out
-    assert f"{best}: no ways between classes: it has no proxies" in said and "slope" not in said
+    assert f"{best}: entropy and slope are left out" in said and "\nslope" not in said
     assert len(data_of(trained / "page.html")["sections"]) == 2
 
 
@@ -280,6 +281,18 @@ def test_plain_losses_and_held_out_classes_are_diagnosed(here, capsys, flags, sa
     assert said in capsys.readouterr().out
     heads = json.loads(Path("r.json").read_text())["diagnosis"]["heads"]
     assert len(heads) == 2 - ("False" in flags)
+
+
+def test_training_images_are_those_of_the_run_read_on_its_background(here, capsys, monkeypatch):
+    torn = min(make_folder(here / "data").glob("*/*"))
+    torn.write_bytes(b"torn")
+    flags = TINY.replace("cub", "folder")
+    train.main(shlex.split(f"{flags} --epochs 1 --skip-unreadable --background green"))
+    seen = {}
+    monkeypatch.setattr(diagnosis, "diagnose", lambda _, both, *rest: seen.update(both))
+    evaluate.main(shlex.split(f"'{run_folder(here)}' --workers 0 --diagnose"))
+    assert [images.background for images in seen.values()] == ["#008000"] * 2
+    assert len(seen["train"]) == 15
 
 
 def test_what_cannot_be_diagnosed_or_probed_ends_in_one_line(trained, capsys):
