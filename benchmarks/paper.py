@@ -69,7 +69,7 @@ def what_is_missing(name, flags):
     return None
 
 
-def command_of(flags, seeds):
+def sweep_command(flags, seeds):
     """The command that trains with DDML and without it, each seed."""
     return ["python", "sweep.py", "--grid", "disent=True,False", "--seeds", f"1-{seeds}", "--",
             *flags]  # fmt: skip
@@ -134,7 +134,7 @@ def main(argv=None):
             print(f"{name}: not run: {missing}")
         else:
             there.append((name, flags))
-            print(f"{name}: {2 * args.seeds} runs: {shlex.join(command_of(flags, args.seeds))}")
+            print(f"{name}: {2 * args.seeds} runs: {shlex.join(sweep_command(flags, args.seeds))}")
     if not there:
         raise UserError("nothing to run: get what is missing, as said above, and run this again")
     if args.dry_run:

@@ -42,7 +42,7 @@ def squared_distances(X):
     return torch.pdist(X).double().square()
 
 
-def by_class(X, labels):
+def split_by_class(X, labels):
     """[X of a class], without classes of one image."""
     return [X[labels == c] for c, n in enumerate(labels.bincount()) if n > 1]
 
@@ -51,7 +51,7 @@ def density(X, labels):
     """(intra, inter, intra / inter). intra: mean over classes of the mean pairwise cosine distance;
     inter: mean pairwise cosine distance of the L2-normalised means of classes. Classes of one image
     are left out."""
-    classes = by_class(X, labels)
+    classes = split_by_class(X, labels)
     intra = torch.stack([squared_distances(x).mean() / 2 for x in classes]).mean()
     means = F.normalize(torch.stack([x.double().mean(dim=0) for x in classes]))
     inter = squared_distances(means).mean() / 2
@@ -60,7 +60,7 @@ def density(X, labels):
 
 def alignment(X, labels):
     """Mean of |x - x'|^2 over all pairs of one class. (Wang and Isola, ICML 2020)"""
-    return torch.cat([squared_distances(x) for x in by_class(X, labels)]).mean()
+    return torch.cat([squared_distances(x) for x in split_by_class(X, labels)]).mean()
 
 
 def uniformity(X):

@@ -21,12 +21,12 @@ def resolve_flags(parser, argv, outputs):
         flags, checkpoint = read_source(parser, given, path, outputs)
         sources.append((flags, checkpoint))
         if "dataset" in checkpoint.get("args", {}):
-            trained.setdefault(images_of(checkpoint["args"]), path)
+            trained.setdefault(data_of(checkpoint["args"]), path)
     if len(trained) > 1:
         (first, path), (second, other), *_ = trained.items()
         raise UserError(f"{path} was trained on {first}, {other} on {second}; evaluate together "
                         "what was trained on one data set")  # fmt: skip
-    tested = images_of(vars(sources[0][0]))
+    tested = data_of(vars(sources[0][0]))
     for images, path in trained.items():
         if images != tested:
             say(f"{path}: trained on {images}, tested on {tested}")
@@ -55,7 +55,7 @@ def read_source(parser, given, path, outputs):
     return args, checkpoint
 
 
-def images_of(flags):
+def data_of(flags):
     """The data set's name, and of one's own images, the path."""
     own = dataset.own_flag(flags["dataset"])
     place = f" ({Path(flags[own]).resolve()})" if own in flags else ""
