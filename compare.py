@@ -7,7 +7,7 @@ from textwrap import fill
 
 from flags import Parser
 from retrieval.picture import png_of
-from runs.gather import VALIDATION, by_seed, choose, difference, epoch_by, gather
+from runs.gather import VALIDATION, by_seed, choose, difference, epoch_by, folds_of, gather
 from runs.results import HELD_OUT
 from runs.tables import (
     OF_LOSS,
@@ -83,7 +83,12 @@ def comparison(setting, settings, baseline, by):
         return "no baseline with otherwise equal flags"
     if len(found) > 1:
         return f"{len(found)} baselines with otherwise equal flags: name one by another --baseline"
-    told = difference(setting, found[0], epoch_by(setting, by), setting.metric)
+    if folds_of(setting) != folds_of(found[0]):
+        return f"has folds {in_order(folds_of(setting))}, the baseline others"
+    which = epoch_by(setting, by)
+    if not by_seed(setting, which, setting.metric):
+        return f"has no {which} epoch"
+    told = difference(setting, found[0], which, setting.metric)
     return told or "fewer than 2 seeds in common with the baseline"
 
 
@@ -129,9 +134,9 @@ def report_choice(settings):
                    for name in (best.metric, "MAP@R")]  # fmt: skip
         yield in_lines(
             f"chosen of {plural(len(trials), 'setting')} by {HELD_OUT}MAP@R "
-            f"{with_spread(by_seed(best, *VALIDATION, common))} (seeds {in_order(common)})"
-            f": {best.flags['dataset']}, {label}; its test: {', '.join(metrics)} "
-            f"(seeds {in_order(seeds)})"
+            f"{with_spread(by_seed(best, *VALIDATION, common))} (seeds {in_order(common)}; "
+            f"folds {in_order(folds_of(best))}): {best.flags['dataset']}, {label}; its test: "
+            f"{', '.join(metrics)} (seeds {in_order(seeds)})"
         )
     if len(counts := {len(trials) for trials, *_ in groups}) > 1:
         yield in_lines(f"note: between {min(counts)} and {max(counts)} settings were tried: give "
@@ -146,10 +151,11 @@ def plot(settings, by):
     """The seeds of each setting as dots, and their mean as a line."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1.2 + 0.5 * len(settings)), layout="constrained")
+    figure = Figure(figsize=(11, 1.2 + 0.6 * len(settings)), layout="constrained")
     axes = figure.add_subplot(xlabel="Recall@K (%)")
     ticks = []
     for title, group in same_images(settings):
+        where = f"{title}, {images_of(group[0])}"
         for label, setting in zip(labels_of(group), group):
             which = epoch_by(setting, by)
             values = by_seed(setting, which, setting.metric).values()
@@ -157,7 +163,7 @@ def plot(settings, by):
             axes.plot(values, [row] * len(values), "o", color="C0", alpha=0.5)
             if values:
                 axes.plot(mean(values), row, "|", color="C0", markersize=20, markeredgewidth=2)
-            ticks.append(fill(f"{title}, {label}; {which} {setting.metric}", 60))
+            ticks.append(fill(f"{label}; {which} {setting.metric}; {where}", 80))
     axes.set_yticks(range(len(ticks)), ticks)
     axes.set_ylim(len(ticks) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)

@@ -91,28 +91,31 @@ def evaluate_all(sources, models, images, loadings):
     return rows, whole
 
 
-def in_shape_of_results(path, checkpoint, scores):
-    """results.json's keys: *_best.pth fills `chosen`, any other checkpoint `last`."""
-    row, history = {"epoch": epoch_of(checkpoint), "metrics": scores}, checkpoint.get("history")
-    if not (history and path.endswith("_best.pth")):
-        return {"chosen_by": None, "start": None, "chosen": None, "last": row}
-    chosen_by = results_of(history)["chosen_by"]
-    return {"chosen_by": chosen_by, "start": None, "chosen": row, "last": None}
+def in_shape_of_results(sources, epoch, scores):
+    """results.json's keys: *_best.pth fill `chosen`, others `last`, a mixture of both neither."""
+    row, chosen_by = {"epoch": epoch, "metrics": scores}, set()
+    for flags, checkpoint in sources:
+        history = checkpoint.get("history") if flags.checkpoint.endswith("_best.pth") else None
+        chosen_by.add(history and results_of(history)["chosen_by"])
+    alike = len(chosen_by) == 1
+    (chosen_by,) = chosen_by if alike else [None]
+    return {"chosen_by": chosen_by, "start": None, "chosen": row if chosen_by else None,
+            "last": row if alike and not chosen_by else None}  # fmt: skip
 
 
 def for_json(sources, rows, facts):
     """What --json has; of several checkpoints, of their concatenation, which has no epoch."""
     (args, checkpoint), (_, scores) = sources[0], rows[-1]
-    paths, several = args.checkpoint, {}
+    paths, several, epoch = args.checkpoint, {}, epoch_of(checkpoint)
     if len(sources) > 1:
         separated = [{"checkpoint": flags.checkpoint, "epoch": epoch_of(each), "metrics": metrics}
                      for (flags, each), (_, metrics) in zip(sources, rows)]  # fmt: skip
         several = {"separated": separated, "mean": rows[-2][1]}
-        paths, checkpoint = [each["checkpoint"] for each in separated], {}
+        paths, epoch = [each["checkpoint"] for each in separated], None
     return {
         **scores, "dataset": args.dataset, "data_root": args.data_root, "split": "test",
-        "checkpoint": paths, "epoch": epoch_of(checkpoint),
-        **in_shape_of_results(paths, checkpoint, scores), **several, **facts,
+        "checkpoint": paths, "epoch": epoch,
+        **in_shape_of_results(sources, epoch, scores), **several, **facts,
     }  # fmt: skip
 
 
@@ -162,6 +165,9 @@ def main(argv=None):
     facts = facts_of({"test": images}, device, known)
     facts |= {"diagnosis": diagnosis} if diagnosis else {}
     remarks = remarks_on_images(facts["images"])
+    if known:
+        remarks += [f"{flags.checkpoint} does not know what it was trained on."
+                    for flags, checkpoint in sources if not checkpoint.get("trained_on")]
     for line in remarks:
         print(line)
     write_outputs(sources, images, " ".join([about, *remarks]), rows, facts, retrieved)

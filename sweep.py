@@ -3,6 +3,7 @@
 It keeps no state: a run's folder says whether it is finished, its lock whether a process is at it.
 """
 
+import json
 import re
 import shlex
 import subprocess
@@ -13,11 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
+import dataset
 import train
+from dataset.images import counts_of
 from flags import Parser, at_least, flag_of
 from runs.checkpoint import FREE_ON_RESUME
+from runs.folder import RunFolder
 from runs.jobs import Run, command_of, environments, show, state_of, work
-from runs.naming import run_folder_path, settings
+from runs.naming import differences, run_folder_path, settings
+from runs.start import stored
 from utils import Interrupted, Stop, UserError, did_you_mean, plural, run, say
 
 COMPARE = [sys.executable, str(Path(__file__).resolve().with_name("compare.py"))]
@@ -107,6 +112,8 @@ def draw(name, text, parser, *key):
         raise UserError(f"{where}: with :log both ends have to be above 0")
     u = np.random.default_rng([*key, *name.encode()]).random()
     value = low * (high / low) ** u if parts[3] else low + (high - low) * u
+    for end in (parts[1], parts[2]):  # ends in train.py's own error
+        parser.parse_args([f"{flag_of(name)}={end}"])
     try:
         parser.parse_args([f"{flag_of(name)}={value:.3g}"])
         return f"{value:.3g}"
@@ -160,7 +167,7 @@ def runs_of(values_of_runs, parser, rest):
         args, _ = train.parse_flags(parser, [*rest, *flags.values()])
         effective, _ = settings(args, parser)
         flags = [flags[name] for name in flags if effective[name] == getattr(args, name)]
-        one = Run(run_folder_path(args, parser), [*rest, *flags], args.epochs)
+        one = Run(run_folder_path(args, parser), [*rest, *flags], args)
         other, its = found.setdefault(one.folder, (one, effective))
         if its != effective:  # --weights of two files with one name
             raise UserError(f"{' '.join(one.flags)}: its run folder is that of "
@@ -168,9 +175,38 @@ def runs_of(values_of_runs, parser, rest):
     return [one for one, _ in found.values()]
 
 
+def refuse_others(runs):
+    """UserError if a run's folder holds one of other flags or, finished, of other images."""
+    parser, known = train.build_parser(), {}
+    for each in runs:
+        args, path = each.args, RunFolder(each.folder, "").summary
+        other = differences(args, parser, stored(each.folder).get("flags", {}))
+        if not other and path.exists() and not args.skip_unreadable:
+            there = json.loads(path.read_text())["images"]
+            there["train"] = there.get("train + val", there["train"])
+            data = args.dataset, args.data_root, args.train_on, args.background
+            if data not in known:
+                known[data] = images_here(*data)
+            if any(there[split]["digest"] != known[data][split]["digest"] for split in known[data]):
+                other = [f"other images than those in --data-root {args.data_root}"]
+        if other:
+            raise UserError(f"{each.folder}: holds a run of {', '.join(other)}; give this sweep a "
+                            "--LOG_DIR or --remark of its own, after --")  # fmt: skip
+
+
+def images_here(name, root, train_on, background):
+    """{split: counts and digest} of the images that a run would train and test on."""
+    splits = dataset.read(name, root)
+    images = {"train": dataset.image_set(name, splits, train_on, background=background)}
+    if train_on == "train":
+        images["test"] = dataset.image_set(name, splits, "test", background=background)
+    return counts_of(images)
+
+
 def complete(runs, places, head):
     """Run what is missing. `places`: an environment for each concurrent run. Returns a line for
     each that failed."""
+    refuse_others(runs)
     missing = [each for each in runs if state_of(each) != "done"]
     if not missing:
         return []

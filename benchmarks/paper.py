@@ -55,18 +55,19 @@ def runs_of(flags, seeds):
 
 
 def what_is_missing(name, flags):
-    """How to get the data or the weights that are not there; None if all is."""
-    chosen = train.build_parser().parse_args(flags)
+    """[how to get the data or the weights that are not there]"""
+    chosen, missing = train.build_parser().parse_args(flags), []
     try:
         for split in ("train", "test"):
             dataset.load(name, chosen.data_root, split)
     except UserError as error:
-        return f"{error}; python -m dataset.download {name} --data-root {chosen.data_root}"
+        missing.append(f"{error}; get it: python -m dataset.download {name} --data-root "
+                       f"{chosen.data_root}")  # fmt: skip
     try:
         create_model(chosen.model, chosen.embedding_size, weights=chosen.weights)
     except UserError as error:
-        return str(error)
-    return None
+        missing.append(f"{error}; with the file: python -m benchmarks.paper -- --weights PATH")
+    return missing
 
 
 def sweep_command(flags, seeds):
@@ -130,11 +131,11 @@ def main(argv=None):
     there = []
     for name in PUBLISHED:
         flags = training_flags(name, args.data_root, further)
+        print(f"{name}: {2 * args.seeds} runs: {shlex.join(sweep_command(flags, args.seeds))}")
         if missing := what_is_missing(name, flags):
-            print(f"{name}: not run: {missing}")
+            print(*(f"  not now: {reason}" for reason in missing), sep="\n")
         else:
             there.append((name, flags))
-            print(f"{name}: {2 * args.seeds} runs: {shlex.join(sweep_command(flags, args.seeds))}")
     if not there:
         raise UserError("nothing to run: get what is missing, as said above, and run this again")
     if args.dry_run:
@@ -146,6 +147,9 @@ def main(argv=None):
         settings, left_out = gather(each.folder for each in runs)
         if [len(setting.rows) for setting in settings] != [args.seeds, args.seeds]:
             print(f"{name}: README's rows wait until all runs are finished", *left_out, sep="\n")
+            continue
+        if settings[0].images != settings[1].images:
+            print(f"{name}: README's rows are not written: some runs are of other images")
             continue
         write_rows(args.readme, PUBLISHED[name][0], settings, name)
         print(f"{args.readme}: wrote the measured rows of {name}")

@@ -36,8 +36,8 @@ class ImageSet(Dataset):
         return list(zip(self.paths, (self.classes[label] for label in self.labels.tolist())))
 
     def joined(self, other):
-        """Undoes hold_out: the same images in the same order for every fold."""
-        return ImageSet(sorted(self.items() + other.items()), background=self.background)
+        """Undoes hold_out, in another order."""
+        return ImageSet(self.items() + other.items(), background=self.background)
 
     def hold_out(self, fraction, fold):
         """(rest, held): two ImageSets of whole classes. Folds are contiguous, each `fraction` of
@@ -83,15 +83,35 @@ def trained_on(images):
 
 
 def union(parts):
-    """Several `trained_on` as one; None if any is None."""
-    if None in parts:
-        return None
-    return {"classes": sorted({name for part in parts for name in part["classes"]}),
-            "files": torch.cat([part["files"] for part in parts])}  # fmt: skip
+    """Several `trained_on` as one, without those that are None; None if all are."""
+    known = [part for part in parts if part]
+    return {"classes": sorted({name for part in known for name in part["classes"]}),
+            "files": torch.cat([part["files"] for part in known])} if known else None  # fmt: skip
 
 
-def seen_in_training(images, known):
-    """How many classes, by name, and images, by content, of an ImageSet are in `known`, a
-    `trained_on`."""
-    files = torch.isin(digests_of_files(images.paths), known["files"])
-    return {"classes": len({*images.classes} & {*known["classes"]}), "images": int(files.sum())}
+def counts_of(images, known=None):
+    """{split: {"images", "classes", "digest"}} of {split: ImageSet}. "train + val": of both, the
+    same for every fold. Of all splits but these and train also how many are in `known`, a
+    `trained_on`: classes by name, images by content."""
+    files = {split: digests_of_files(each.paths) for split, each in images.items()}
+    if "val" in images:
+        images = images | {"train + val": images["train"].joined(images["val"])}
+        files["train + val"] = torch.cat([files["train"], files["val"]])
+    counts = {}
+    for split, each in images.items():
+        counts[split] = {"images": len(each), "classes": len(each.classes),
+                         "digest": digest_of(each, files[split])}  # fmt: skip
+        if known and "train" not in split:
+            counts[split]["trained_on"] = {
+                "classes": len({*each.classes} & {*known["classes"]}),
+                "images": int(torch.isin(files[split], known["files"]).sum()),
+            }
+    return counts
+
+
+def digest_of(images, files):
+    """A digest of folders, names, classes and content; the order and the data root do not matter.
+    files: of digests_of_files."""
+    lines = [f"{'/'.join(path.split('/')[-2:])} {class_name} {file}\n"
+             for (path, class_name), file in zip(images.items(), files.tolist())]  # fmt: skip
+    return hashlib.sha256("".join(sorted(lines)).encode(errors="replace")).hexdigest()

@@ -54,13 +54,15 @@ def check_batches(args, images, name):
 def hold_out(args, images):
     """{"train", "val"} of the training images, by --val-classes and --fold."""
     count, share = len(images.classes), args.val_classes
-    held = round(share * count)
+    try:
+        train, val = images.hold_out(share, args.fold)
+        held = len(val.classes)
+    except ValueError:  # there is no such fold
+        held = round(share * count)
     if not 2 <= held <= count - 2:
         raise UserError(f"--val-classes {share}: of {count} classes, {held} would be held out and "
                         f"{count - held} train; both take at least two")  # fmt: skip
-    try:
-        train, val = images.hold_out(share, args.fold)
-    except ValueError:
+    if (args.fold + 1) * share > 1 + 1e-9:
         raise UserError(f"--fold {args.fold}: --val-classes {share} makes folds 0 to "
-                        f"{int(1 / share + 1e-9) - 1}") from None  # fmt: skip
+                        f"{int(1 / share + 1e-9) - 1}")  # fmt: skip
     return {"train": train, "val": val}

@@ -56,7 +56,8 @@ def gather(folders):
         except (OSError, ValueError, LookupError, StopIteration, UserError) as error:
             left_out.append(f"{path}: damaged ({' '.join(str(error).split())})")
     settings = [setting for _, setting in sorted(settings.items())]
-    return settings, left_out + [line for each in settings for line in drop_partial_seeds(each)]
+    left_out += [line for each in settings for line in drop_partial_seeds(each)]
+    return [each for each in settings if each.rows], left_out
 
 
 def run_folders(folders):
@@ -98,6 +99,11 @@ def drop_partial_seeds(setting):
         lacking = ", ".join(map(str, sorted(folds - setting.rows.pop(seed).keys())))
         loss = f"{setting.flags['loss']}{' with DDML' * setting.flags['disent']}"
         yield f"{setting.flags['dataset']}, {loss}: seed {seed} lacks fold {lacking} of other seeds"
+
+
+def folds_of(setting):
+    """[None] without --val-classes."""
+    return sorted(next(iter(setting.rows.values())))
 
 
 def epoch_by(setting, by=None):
@@ -173,4 +179,4 @@ def choose(settings):
 def group_of(setting):
     """Settings that agree in these are trials of one search."""
     names = ("dataset", "val_classes", "model", "image_size", "embedding_size", "loss", "disent")
-    return str([setting.images, *map(setting.flags.get, names)])
+    return str([setting.images, folds_of(setting), *map(setting.flags.get, names)])

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from argparse import Namespace
 from os import environ
 from pathlib import Path
 from subprocess import Popen
@@ -23,14 +24,14 @@ POLL_SECONDS = 0.2
 class Run(NamedTuple):
     folder: Path
     flags: list  # of train.py
-    epochs: int
+    args: Namespace  # the same, parsed
 
 
 def state_of(run):
     """done, in use, begun or new, as the run's folder says."""
     files = RunFolder(run.folder, "")
     epochs = stored(run.folder).get("flags", {}).get("epochs", 0)
-    if epochs >= run.epochs and files.summary.exists() and files.curves.exists():
+    if epochs >= run.args.epochs and files.summary.exists() and files.curves.exists():
         return "done"
     try:
         if Path(files.file_lock.lock_file).exists():

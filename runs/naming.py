@@ -89,5 +89,6 @@ def file_prefix(args):
 def differences(args, parser, flags):
     """[`--lr 0.1, there 0.2`] for each flag that has another value in `flags`."""
     chosen, _ = settings(args, parser)
+    unused = () if args.disent else ("al", "be", "gam")
     return [f"{flag_of(name)} {value}, there {flags[name]}" for name, value in chosen.items()
-            if name in flags and flags[name] != value]  # fmt: skip
+            if name in flags and flags[name] != value and name not in unused]  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.images import digest_of_names, seen_in_training, trained_on, union
+from dataset.images import counts_of, trained_on, union
 from distributed import from_rank_0, job, rank, restarts, world_size
 from flags import VERSION
 from runs.checkpoint import bytes_needed, flags_to_continue_with, require_parts
@@ -177,15 +177,8 @@ def describe_process(argv, device):
 def facts_of(images, device, known=None):
     """Behind the numbers: counts and digest of each split, how many images are in `known` (a
     trained_on), commit, device."""
-    process = describe_process([], device)
-    whole = {"train + val": images["train"].joined(images["val"])} if "val" in images else {}
-    counts = {split: {"images": len(each), "classes": len(each.classes),
-                      "digest": digest_of_names([each])}
-              for split, each in (images | whole).items()}  # fmt: skip
-    for split in images.keys() - {"train"} if known else ():
-        counts[split]["trained_on"] = seen_in_training(images[split], known)
-    names = ("commit", "uncommitted_changes", "device")
-    return {"images": counts, **{name: process[name] for name in names}}
+    process, names = describe_process([], device), ("commit", "uncommitted_changes", "device")
+    return {"images": counts_of(images, known), **{name: process[name] for name in names}}
 
 
 def warn_of_changes(description, process):

@@ -7,7 +7,7 @@ from textwrap import wrap
 import dataset
 from flags import flag_of
 from recipe import own_values
-from runs.gather import by_seed, epoch_by, metrics_of
+from runs.gather import by_seed, epoch_by, folds_of, metrics_of
 from runs.results import HELD_OUT
 from utils import plural
 
@@ -59,9 +59,9 @@ def with_spread(values, digits=2):
 
 
 def seeds_of(setting):
-    """`3`, or `3x4` with four folds a seed."""
-    folds = len(next(iter(setting.rows.values())))
-    return f"{len(setting.rows)}x{folds}" if folds > 1 else str(len(setting.rows))
+    """`3`, or with --val-classes `3x4`, four folds a seed."""
+    folds = f"x{len(folds_of(setting))}" if setting.flags.get("val_classes") else ""
+    return f"{len(setting.rows)}{folds}"
 
 
 def is_like_the_papers(setting):
@@ -90,7 +90,9 @@ def full_table(settings, compared, by):
             flags, metric = setting.flags, setting.metric
             row = {"data set": title, "loss": flags["loss"]}
             row |= {flag_of(name): str(flags.get(name, "")) for name in names}
+            row |= {split: counts_of(setting, split) for split in ("train", "test")}
             row |= {"epochs": str(flags["epochs"]), "seeds": seeds_of(setting)}
+            row |= {"mixes": mixture_of(setting)}
             for which in ("start", "chosen", "best", "last"):
                 row |= {f"{which} {name}": with_spread(by_seed(setting, which, name))
                         for name in metrics_of(setting, which)}  # fmt: skip
@@ -145,12 +147,16 @@ def in_columns(table, width=None):
     return lines
 
 
+def counts_of(setting, split):
+    counts = setting.images[split]
+    return f"{counts['images']:,} images of {plural(counts['classes'], 'class')}"
+
+
 def images_of(setting):
     """Counts of the images that trained and that tested."""
-    train, test = (f"{each['images']:,} images of {plural(each['classes'], 'class')}"
-                   for each in (setting.images["train"], setting.images["test"]))  # fmt: skip
     share = setting.flags.get("val_classes")
     held_out = f", {share:g} of them held out" if share else ""
+    train, test = (counts_of(setting, split) for split in ("train", "test"))
     return f"trained on {train}{held_out}, tested on {test}"
 
 

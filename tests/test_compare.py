@@ -129,6 +129,25 @@ def test_folds_are_averaged_within_a_seed_before_the_interval(here, capsys):
     assert "2x2" in text_of("", capsys)
 
 
+def test_settings_of_other_folds_are_not_compared_and_not_trials_of_one_search(here, capsys):
+    for seed, fold, disent in ((1, 0, True), (2, 0, True), (1, 1, False), (2, 1, False)):
+        flags = f"--seed {seed} --val-classes 0.5 --fold {fold} --disent {disent} --al 1"
+        make_run(flags, 60 + seed, val=30 + fold)
+    assert "has folds 0, the baseline others" in text_of("", capsys)
+    make_run("--seed 1 --val-classes 0.5 --fold 1 --disent True --al 2", 60, val=90)
+    out = text_of("--choose", capsys)
+    assert "val/MAP@R 30.00 ± 0.00 (seeds 1, 2; folds 0): cub, Proxy_Anchor, DDML 1" in out
+    assert "by val/MAP@R 90.00 (seeds 1; folds 1): cub, Proxy_Anchor, DDML 2" in out
+
+
+def test_a_setting_whose_seeds_all_lack_a_fold_is_left_out_and_the_others_are_shown(here, capsys):
+    for seed, fold in ((1, 0), (2, 1)):
+        make_run(f"--seed {seed} --val-classes 0.5 --fold {fold}", 60, val=30)
+    make_run("", 70)
+    out = text_of("", capsys)
+    assert "70.00" in out and "seed 1 lacks fold 1" in out and "seed 2 lacks fold 0" in out
+
+
 @pytest.mark.parametrize("other", ["train", "test"])
 def test_runs_of_other_images_never_share_a_row_or_a_comparison(here, capsys, other):
     images = {"train": TRAIN, "test": TEST}
@@ -146,17 +165,18 @@ def test_what_is_computed_with_makes_a_row_and_what_is_not_does_not(here):
     for flags in ("--compile", "--deterministic", "--precision bf16", "--weights none", "--lr 1",
                   "--epochs 4", "--ks 1 2", "--val-classes 0.5", "--bn-freeze 0"):  # fmt: skip
         make_run(flags, 70, val=1 if "val" in flags else None)
-    assert len(table()) == 9
+    assert len(table()) == 9 and {row["train"] for row in table()} == {"80 images of 8 classes"}
     make_run("--lr 1 --seed 2 --workers 9 --remark _x", 70)
     make_run("--lr 1 --seed 3 --cache ram --wandb offline --remark _y", 70)
-    assert sorted(row["seeds"] for row in table()) == ["1"] * 8 + ["3"]
+    assert sorted(row["seeds"] for row in table()) == ["1"] * 7 + ["1x1", "3"]
 
 
 def test_a_row_that_mixes_code_or_machines_says_so(here, capsys):
     make_run("--seed 1", 70)
     assert "this row mixes" not in text_of("", capsys)
     make_run("--seed 2", 70, commit="b" * 40, uncommitted_changes=True, device="H100", processes=8)
-    out = text_of("", capsys)
+    (row,), out = table(), text_of("", capsys)
+    assert row["mixes"] in out and "this row" not in row["mixes"]
     assert ("this row mixes 2 commits (aaaaaaa, bbbbbbb with changes); 2 devices (cpu, H100); "
             "2 numbers of processes (1, 8)") in out  # fmt: skip
 
@@ -202,28 +222,30 @@ def test_by_names_the_epoch_and_the_default_is_the_honest_one(here, capsys):
     out = text_of("", capsys)
     assert " chosen 65.00 64.00 40.00 40.00" in out  # R@1, MAP@R, val/MAP@R before and after
     assert "0.5 of them held out" in out
+    make_run("--disent True --al 1", 60)
+    assert "DDML 1 0 0: has no chosen epoch" in text_of("--by chosen", capsys)
 
 
 def test_choose_takes_the_best_validation_and_reports_seeds_that_did_not_choose(here, capsys):
     def trial(weight, seed, val, last):
-        flags = f"--val-classes 0.5 --seed {seed} --disent {weight > 0} --al {weight}"
+        flags = f"--val-classes 0.5 --fold 0 --seed {seed} --disent {weight > 0} --al {weight}"
         make_run(flags, last, val=val)
 
     for weight, val, last in ((1, 40, 60), (2, 45, 50), (3, 30, 90)):
         trial(weight, 1, val, last)
     trial(0, 1, 20, 55)
     out = text_of("--choose", capsys)
-    assert ("chosen of 3 settings by val/MAP@R 45.00 (seeds 1): cub, Proxy_Anchor, DDML 2 0 0; its "
-            "test: R@1 50.00, MAP@R 49.00 (seeds 1)") in out  # fmt: skip
-    assert "chosen of 1 setting by val/MAP@R 20.00 (seeds 1): cub, Proxy_Anchor; its test" in out
+    assert ("chosen of 3 settings by val/MAP@R 45.00 (seeds 1; folds 0): cub, Proxy_Anchor, DDML 2 "
+            "0 0; its test: R@1 50.00, MAP@R 49.00 (seeds 1)") in out  # fmt: skip
+    assert "chosen of 1 setting by val/MAP@R 20.00 (seeds 1; folds 0): cub, Proxy_Anchor;" in out
     assert "between 1 and 3 settings were tried" in out
     for seed, last in ((2, 70), (3, 72)):
         trial(2, seed, 0, last)
     out = text_of("--choose", capsys)
-    assert "45.00 (seeds 1): cub, Proxy_Anchor, DDML 2 0 0; its test: R@1 71.00 ± 1.41" in out
+    assert "(seeds 1; folds 0): cub, Proxy_Anchor, DDML 2 0 0; its test: R@1 71.00 ± 1.41" in out
     assert "(seeds 2, 3)" in out
     trial(3, 8, 1, 1)
-    (lost,) = here.glob("logs/*/*al3.0*_val0.5")
+    (lost,) = here.glob("logs/*/*al3.0*_fold0_val0.5")
     (lost / "results.json").unlink()
     assert "3 settings without a seed in common" in fails("logs --choose", capsys, compare.main)
 
@@ -232,9 +254,12 @@ def test_labels_of_the_plot_tell_settings_apart(here):
     for flags in ("", "--mrg 0.2", "--alpha 9", "--disent True --al 1", "--model resnet18",
                   "--weights none", "--disent True --al 1 --gam 1e-3"):  # fmt: skip
         make_run(flags, 60)
+    for share in (0.25, 0.5):
+        make_run(f"--val-classes {share} --fold 0", 60, val=1)
+    make_run("--seed 2 --remark _more", 60, images={"train": PUBLISHED["train"], "test": TEST})
     settings, _ = gather(["logs"])
     ticks = [tick.get_text() for tick in compare.plot(settings, None).axes[0].get_yticklabels()]
-    assert len(set(ticks)) == len(settings) == 7
+    assert len(set(ticks)) == len(settings) == 10
 
 
 def test_of_two_runs_of_one_seed_the_second_is_named_and_own_images_are_told_apart(here, capsys):

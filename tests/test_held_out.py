@@ -93,10 +93,10 @@ def test_a_run_killed_before_its_test_is_left_out_by_compare(cub, capsys, monkey
     capsys.readouterr()
     compare.main(["logs"])
     out = capsys.readouterr().out
-    assert "without results.json; python train.py --resume" in out and " 1      chosen " in out
+    assert "without results.json; python train.py --resume" in out and " 1x1    chosen " in out
     train.main(shlex.split(HELD + "--resume"))
     compare.main(["logs"])
-    assert " 2      chosen " in capsys.readouterr().out
+    assert " 2x1    chosen " in capsys.readouterr().out
 
 
 def test_a_run_with_held_out_classes_that_is_continued_ends_as_one_left_alone(cub, here):
@@ -141,6 +141,15 @@ def test_random_weights_that_are_held_still_are_warned_of(cub, capsys):
 def test_a_bad_way_to_choose_ends_in_one_line(cub, here, capsys, flags, line):
     assert line in fails(TINY + flags, capsys)
     assert not (here / "logs").exists()
+
+
+def test_a_fold_of_one_class_is_refused_where_another_has_two(here, capsys):
+    names = [f"class {number}" for number in range(6)]
+    make_folder(here / "photos/train", names)
+    make_folder(here / "photos/test", names[:2], first=50)
+    flags = HELD + "--dataset folder --data-root photos --epochs 1 --fold "
+    assert "of 6 classes, 1 would be held out and 5 train" in fails(flags + "1", capsys)
+    train.main(shlex.split(flags + "0"))
 
 
 def test_map_at_r_is_that_of_the_held_out_images(cub, here, monkeypatch):

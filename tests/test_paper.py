@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+import sys
 from statistics import mean
 
 import pytest
@@ -10,8 +11,10 @@ import pytest
 import sweep
 import train
 from benchmarks import paper
+from runs import jobs
 from runs.gather import by_seed, gather
-from tests.conftest import ROOT, fails, make_cars, make_cub, make_sop
+from tests.conftest import ROOT, fails, make_cars, make_cub, make_sop, write_image
+from utils import UserError
 
 TINY = ("--model toy --weights none --image-size 32 --batch-size 8 --embedding-size 8 --epochs 1 "
         "--workers 0 --wandb disabled --quiet")  # fmt: skip
@@ -67,14 +70,31 @@ def test_what_is_missing_is_named_with_how_to_get_it_and_the_rest_is_to_be_run(c
     shutil.rmtree(copy / "data/CUB_200_2011")
     assert paper.main(shlex.split(f"--dry-run -- {TINY}")) == 0
     out = capsys.readouterr().out
-    assert "cub: not run: no cub data set under" in out
-    assert "python -m dataset.download cub --data-root ./data" in out
-    assert "SOP: 6 runs: " in out and "cars: 6 runs: " in out
+    assert "  not now: no cub data set under" in out
+    assert "get it: python -m dataset.download cub --data-root ./data" in out
+    assert all(f"{name}: 6 runs: python sweep.py --grid" in out for name in paper.PUBLISHED)
     shutil.rmtree(copy / "data")
     (copy / "data").mkdir()
     assert "nothing to run: get what is missing" in fails(f"-- {TINY}", capsys, paper.main)
     make_cub(copy / "data")
-    assert "nothing to run" in fails("--dry-run", capsys, paper.main)  # no weights
+    assert "nothing to run" in fails("--dry-run", capsys, paper.main)
+    capsys.readouterr()
+    with pytest.raises(UserError):
+        paper.main(["--dry-run"])
+    assert "with the file: python -m benchmarks.paper -- --weights PATH" in capsys.readouterr().out
+
+
+def test_real_runs_become_rows_and_runs_of_other_images_do_not(here, monkeypatch, capsys):
+    shutil.copy(ROOT / "README.md", here)
+    make_cub(here / "data")
+    monkeypatch.setattr(jobs, "TRAIN", [sys.executable, "-m", "tests.toy", "train.py"])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = shlex.split(f"--seeds 1 --readme README.md -- {TINY}")
+    assert paper.main(command) == 0
+    rows, _ = rows_in((here / "README.md").read_text(), "CUB")
+    assert len(rows) == 5 and rows[4][0] == "measured here: Proxy-Anchor alone, last epoch"
+    write_image(here / "data/CUB_200_2011/images/101.Bird_2/Bird_0000.jpg", seed=7)
+    assert "holds a run of other images than" in fails(shlex.join(command), capsys, paper.main)
 
 
 def test_its_commands_are_readmes():

@@ -73,16 +73,17 @@ def test_each_the_mean_and_the_concatenation_are_what_exported_embeddings_say(fo
         )
     for name, value in found["mean"].items():
         assert value == pytest.approx(sum(single[name] for single, *_ in alone) / 2)
-    assert found["checkpoint"] == folds and found["chosen"] is found["epoch"] is None
+    assert found["checkpoint"] == folds and found["last"] is found["epoch"] is None
+    assert found["chosen_by"] == "MAP@R of held-out classes"
     printed = dict(line.split(" : ") for line in out[out.index("concatenation of 2") + 1 : -1])
-    assert printed == {name: f"{value:.3f}" for name, value in found["last"]["metrics"].items()}
+    assert printed == {name: f"{value:.3f}" for name, value in found["chosen"]["metrics"].items()}
 
 
 def test_a_page_of_several_is_of_their_concatenation_and_has_a_row_for_each(folds):
     found, *_ = run_evaluate(folds, "--page p.html --ks 1 2")
     data = data_of("p.html")
     rows = [*(each["metrics"] for each in found["separated"]), found["mean"],
-            found["last"]["metrics"]]  # fmt: skip
+            found["chosen"]["metrics"]]  # fmt: skip
     titles = [*folds, "mean of 2", "concatenation of 2"]
     assert data["metrics"] == [list(row) for row in zip(titles, rows)]
     assert data["title"] == "concatenation of 2" and not data["curves"]

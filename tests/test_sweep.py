@@ -1,5 +1,6 @@
 """sweep.py: which runs there are, and that each is trained once, whatever is killed meanwhile."""
 
+import argparse
 import json
 import os
 import shlex
@@ -103,6 +104,7 @@ BAD = [
     ("--sample 3 --range al=1:2:lin",         "--range al=1:2:lin: LOW:HIGH or LOW:HIGH:log"),
     ("--sample 3 --range loss=a:b",           "--range loss=a:b: LOW:HIGH or LOW:HIGH:log"),
     ("--sample 3 --range lr=-2:-1",           "--lr: invalid number"),
+    ("--sample 3 --range al=-0.4:0.1",        "--al: invalid number"),
     ("--shard 3/2",                           "--shard: invalid shard"),
     ("-- --resume",                           "--resume: a sweep continues what is not finished"),
     ("-- --gpu-id 1",                         "--gpu-id 1: each run gets a GPU of its own"),
@@ -127,6 +129,15 @@ def test_each_run_has_a_gpu_of_those_that_are_visible_or_a_share_of_the_threads(
     assert [each["CUDA_VISIBLE_DEVICES"] for each in jobs.environments(None)] == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert [each["CUDA_VISIBLE_DEVICES"] for each in jobs.environments(3)] == ["5", "7", "5"]
+
+
+def test_a_folder_that_holds_a_run_of_other_flags_is_refused(here, capsys):
+    flags = f"--weights b/x.pth {UNUSED}"
+    (one,) = sweep.runs_of([{}], train.build_parser(), shlex.split(flags))
+    one.folder.mkdir(parents=True)
+    (one.folder / "args.json").write_text('{"flags": {"weights": "a/x.pth", "al": 3.0}}')
+    line = fails(f"-- {flags}", capsys, sweep.main)
+    assert "holds a run of --weights b/x.pth, there a/x.pth; give this sweep a --LOG_DIR" in line
 
 
 def test_a_sweep_trains_ends_with_the_table_and_called_again_prints_it_alone(
@@ -172,7 +183,7 @@ def test_a_run_that_fails_is_named_stops_no_other_and_is_tried_by_the_next_call(
 
 
 def test_a_run_that_another_process_began_in_the_meantime_goes_on(here, monkeypatch):
-    run, commands = jobs.Run(here, ["--lr=1"], 1), []
+    run, commands = jobs.Run(here, ["--lr=1"], argparse.Namespace(epochs=1)), []
 
     class Late:
         """As train.py that finds the run of a process that dies then."""

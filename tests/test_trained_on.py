@@ -146,9 +146,16 @@ def test_what_the_network_of_weights_was_trained_on_counts_too(here, run):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_of_a_checkpoint_that_does_not_know_nothing_is_said(run, capsys, several):
+def test_of_a_checkpoint_that_does_not_know_nothing_is_said_and_of_others_all_is(
+    here, capsys, several
+):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--epochs 1 --train-on all"))
     torch.save({"model_state_dict": create_model("toy", 8).state_dict()}, "p.pth")
-    paths = f"'{checkpoint_of(run)}' p.pth" if several else "p.pth --dataset cub"
-    evaluate.main(shlex.split(f"{paths} --model toy --image-size 32 --workers 0 --json r.json"))
-    assert "trained on" not in capsys.readouterr().out
-    assert "trained_on" not in json.loads(Path("r.json").read_text())["images"]["test"]
+    known = f"'{checkpoint_of(run_folder(here))}' " if several else ""
+    flags = "--dataset cub --data-root data --model toy --image-size 32 --workers 0 --json r.json"
+    evaluate.main(shlex.split(f"{known}p.pth {flags}"))
+    out, counts = capsys.readouterr().out, json.loads(Path("r.json").read_text())["images"]["test"]
+    assert ("test: 2 of 2 classes, 20 of 20 images were trained on." in out) == several
+    assert ("p.pth does not know what it was trained on." in out) == several
+    assert ("trained_on" in counts) == several
