@@ -21,7 +21,7 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def init_processes(gpu_id):
+def init_processes(gpu_id=None):
     """Joins the processes that torchrun has started, if it has; returns this one's device."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return choose_device(gpu_id)

@@ -12,6 +12,7 @@ PRECISION_HELP = (
     "fp32; tf32: convolutions and matrix products in TF32, those of the loss too, on GPUs; "
     "bf16: the backbone's maps in bfloat16, all else in float32"
 )
+GPU_HELP = "which GPU, without torchrun; by default the first, or else the CPU; -1: the only one"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -67,7 +68,7 @@ def add_network_flags(parser, model, choices):
     add("--embedding-size", default=512, type=at_least(1, maximum=2**13), help="its dimensions")
     add("--l2-norm", default=True, type=boolean, help="L2-normalise the heads")
     add("--precision", default="fp32", choices=PRECISIONS, help=PRECISION_HELP)
-    add("--gpu-id", default=0, type=at_least(-1), help="without torchrun; -1: the only GPU")
+    add("--gpu-id", type=at_least(-1), help=GPU_HELP)
     return add
 
 

@@ -1,144 +1,178 @@
-"""Nearest neighbours of images: python search.py --resume RUN --gallery DIR --query A.jpg B.jpg"""
+"""Nearest neighbours of images: python search.py RUN --gallery DIR --query A.jpg B.jpg
+
+Also a gallery's duplicates (--duplicates), and its embeddings in files (--export).
+"""
 
 import hashlib
+import json
 import os
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from dataset import table
-from dataset.files import PACKAGES, SUFFIXES, WHITE, is_leftover
+from dataset.files import WHITE
 from dataset.images import ImageSet
-from flags import PRECISION_HELP, PRECISIONS, Parser, at_least, colour
+from distributed import init_processes, world_size
+from flags import GPU_HELP, PRECISION_HELP, PRECISIONS, Parser, at_least, colour
 from loading.loader import Loading, batches, test_loader
 from net import network_from
+from retrieval.catalogue import export_parts, items_of, read_gallery
 from retrieval.embed import embed
-from retrieval.page import search_page
-from retrieval.search import nearest
+from retrieval.export import EMBEDDING_FILES
+from retrieval.page import pictures_page
+from retrieval.search import duplicates, nearest
 from runs.folder import checkpoint_in
 from storage import (
     checkpoint_from,
     read_bytes,
-    replacing,
     require_format,
     require_writable,
     write_atomically,
     write_json,
 )
-from utils import UserError, choose_device, plural, progress, run, set_precision, warn
+from utils import UserError, plural, progress, run, set_precision
 
-INDEX = ("embeddings", "paths", "stamps", "source", "checkpoint")  # arrays of an index
+ROUNDING = 1e-6  # of a cosine in float32: equal images are at or above 1
+ON_PAGE = 48  # images of a group of duplicates
 
 
 def build_parser():
     parser = Parser(description=__doc__.split(":")[0])
     add = parser.add_argument
-    add("--resume", required=True, metavar="CHECKPOINT", help="a checkpoint or a run folder")
+    add("checkpoint", nargs="?", help="a checkpoint, a run folder, or a folder of run folders")
+    add("--resume", metavar="CHECKPOINT", help="the same")
     add("--gallery", required=True, metavar="PATH",
         help="where to search: a folder, a .csv or .tsv list, or an index")  # fmt: skip
-    add("--query", required=True, nargs="+", metavar="FILE", help="images to find others like")
+    what = parser.add_mutually_exclusive_group().add_argument
+    what("--query", nargs="+", metavar="FILE", help="images to find others like")
+    what("--duplicates", action="store_true",
+         help="groups of images of the gallery that are similar to at least the threshold")
+    what("--export", metavar="PATH",
+         help="write the gallery's embeddings to PATH's .part-00000.parquet, or .npz, and on; "
+         "where it was interrupted it goes on; torchrun shares the parts out")  # fmt: skip
     add("--top", default=10, type=at_least(1), help="neighbours a query")
+    add("--min-similarity", type=at_least(-1, float, 1), metavar="S",
+        help="the threshold, a cosine; by default that of evaluate.py --calibrate")  # fmt: skip
     add("--save-index", metavar="PATH",
         help="keep the gallery's embeddings in this .npz; used again, only new and changed files "
         "are embedded")  # fmt: skip
-    add("--json", metavar="PATH", help="also write the neighbours to this file")
-    add("--page", metavar="PATH", help="also write them with pictures to this .html")
+    add("--part-size", default=10_000, type=at_least(1), help="images a part of --export")
+    add("--overwrite", action="store_true",
+        help="--save-index and --export replace what is there of another gallery or checkpoint")
+    add("--json", metavar="PATH", help="also write what is found to this file")
+    add("--page", metavar="PATH", help="also write it with pictures to this .html")
     add("--background", type=colour, metavar="COLOUR",
         help="put under what is transparent: a name or #rrggbb; by default as in training, or "
         "white")  # fmt: skip
     add("--batch-size", default=150, type=at_least(1), help="images a batch")
     add("--workers", default=4, type=at_least(0), help="processes that load images")
     add("--precision", choices=PRECISIONS, help=f"{PRECISION_HELP}; by default as in training")
-    add("--gpu-id", default=0, type=at_least(-1), help="which GPU; -1 for the only one")
+    add("--gpu-id", type=at_least(-1), help=GPU_HELP)
     return parser
 
 
-def files_of(gallery):
-    """The paths of a gallery's images: those of a list, or all in and below a folder."""
-    if gallery.lower().endswith(table.SUFFIXES):
-        splits = table.read(gallery, all_there=False)
-        return [path for items in splits.values() for path, _ in items]
-    if not os.path.isdir(gallery):
-        raise UserError(f"--gallery {gallery}: no such folder, list or index")
-    suffixes = SUFFIXES | PACKAGES.keys()
-    paths = (path for path in Path(gallery).rglob("*") if path.suffix.lower() in suffixes)
-    return sorted(str(path) for path in paths if not is_leftover(path))
+def checked_flags(argv):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if bool(args.checkpoint) == bool(args.resume):
+        parser.error("name one checkpoint or run folder")
+    if not (args.query or args.duplicates or args.export or args.save_index):
+        parser.error("say what for: --query, --duplicates, --export or --save-index")
+    if (args.json or args.page) and not (args.query or args.duplicates):
+        parser.error("--json and --page are of --query or --duplicates")
+    if args.export and (args.save_index or args.gallery.lower().endswith(".npz")):
+        parser.error("--export embeds a folder or a list; an index is a file of its own")
+    require_writable(args, "json", "page", "save_index", "export")
+    require_format(args, save_index={".npz": ()}, export=EMBEDDING_FILES)
+    return args
 
 
-def embed_files(paths, model, batch_size, loading, background):
+def embed_files(paths, model, batch_size, loading, background, label="embedding"):
     """(embeddings [n, d] on the CPU, indices [n] of the files that could be read)."""
     if not paths:
         return torch.empty(0, model.embedding_size), []
     images = ImageSet([(path, "") for path in paths], background=background)
-    loader = test_loader(images, batch_size, loading)
+    loader = test_loader(images, batch_size, loading, rows=range(len(images)))
     readable = batches(loader, loading.device, skip=True)
     indexed = ((pixels, index) for pixels, _, index in readable)
-    embeddings, indices = embed(model, progress(indexed, len(loader), "embedding"))
+    embeddings, indices = embed(model, progress(indexed, len(loader), label))
     return embeddings.cpu(), indices.tolist()
 
 
-def open_index(path, checkpoint):
-    """{name: array} of an index that was made with this checkpoint."""
+def threshold_of(args, checkpoint):
+    """(threshold, in words), from --min-similarity or evaluate.py --calibrate; else (None, "")."""
+    if not (args.query or args.duplicates):
+        return None, ""
+    if args.min_similarity is not None:
+        return args.min_similarity, f"{args.min_similarity:g} (--min-similarity)"
+    file = Path(checkpoint).with_name("calibration.json")
+    if not file.exists():
+        if args.duplicates:
+            raise UserError("--duplicates: give the threshold with --min-similarity, such as 0.95, "
+                            f"or have evaluate.py --calibrate write {file}")  # fmt: skip
+        return None, ""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            index = {name: file[name] for name in INDEX}
-    except Exception as error:  # numpy and zipfile fail in many ways
-        raise UserError(f"{path}: not an index that can be read ({error})") from error
-    if str(index["checkpoint"]) != checkpoint:
-        raise UserError(
-            f"{path}: an index of another checkpoint, --precision or --background; embed the "
-            f"gallery again with --gallery {index['source']} and another --save-index"
-        )
-    return index
+        calibration = json.loads(file.read_text())
+        threshold, fmr = float(calibration["threshold"]), float(calibration["fmr"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a calibration that can be read; evaluate.py --calibrate "
+                        "writes it anew, --min-similarity does without") from error  # fmt: skip
+    return threshold, f"{threshold:.4f} ({file}, at a rate of false matches of {fmr:g})"
 
 
-def read_gallery(args, checkpoint, embed_paths):
-    """(paths, embeddings [M, d]) of the gallery. Embeds only what is not in the index."""
-    source, file, known = os.path.abspath(args.gallery), args.save_index, {}
-    stored = source if source.lower().endswith(".npz") else file
-    file = file or stored
-    if stored == source or stored and os.path.exists(stored):
-        index = open_index(stored, checkpoint)
-        source = str(index["source"]) if stored == source else source
-        keys = zip(index["paths"].tolist(), map(tuple, index["stamps"].tolist()))
-        known = dict(zip(keys, index["embeddings"]))
-    files = [(path, stamp_of(path)) for path in files_of(source)]
-    new = [key for key in files if key[1] and key not in known]
-    embedded, readable = embed_paths([path for path, _ in new])
-    rows = known | {new[i]: row for i, row in zip(readable, embedded.numpy())}
-    keys = [key for key in files if key in rows]
-    if not keys:
-        raise UserError(f"--gallery {args.gallery}: no image in it can be read")
-    print(f"gallery: {plural(len(keys), 'image')}, {len(readable):,} of them embedded now; "
-          f"{len(files) - len(keys):,} skipped")  # fmt: skip
-    paths, stamps = zip(*keys)
-    unchanged = keys == [*known]
-    embeddings = index["embeddings"] if unchanged else np.stack([rows[key] for key in keys])
-    if file and not (unchanged and os.path.exists(file)):
-        with replacing(Path(file).resolve()) as temporary, open(temporary, "wb") as out:
-            np.savez(out, embeddings=embeddings, paths=np.array(paths), stamps=np.array(stamps),
-                     source=source, checkpoint=checkpoint)  # fmt: skip
-    return paths, torch.from_numpy(embeddings)
+def answer(queries, embedded, items, gallery, top, threshold):
+    """Prints each query's neighbours. ([{"query", "neighbours"}], rows of a page)."""
+    results, rows = [], []
+    similarities, indices = (x.tolist() for x in nearest(embedded, gallery, top))
+    for query, *ranked in zip(queries, similarities, indices):
+        result, found = {"query": query, "neighbours": []}, []
+        for similarity, index in zip(*ranked):
+            above = None if threshold is None else similarity >= threshold - ROUNDING
+            found.append((items[index][0], similarity, above))
+            neighbour = {"path": items[index][0], "similarity": similarity}
+            result["neighbours"].append(neighbour | ({} if above is None else {"above": above}))
+        alone = threshold is not None and not found[0][2]
+        print(f"{query}: nothing like it" if alone else query)
+        for place, (path, similarity, above) in enumerate(found, start=1):
+            mark = {None: "", True: "above  ", False: "below  "}[above]
+            print(f"{place:4d}  {similarity:.4f}  {mark}{path}")
+        results.append(result if threshold is None else {**result, "threshold": threshold})
+        rows.append((query, "nothing like it" if alone else "", found))
+    return results, rows
 
 
-def stamp_of(path):
-    """What changes when the file does; None if it is gone."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        warn(f"skipped {path}: {error.strerror}")
-        return None
-    return status.st_size, status.st_mtime_ns
+def list_duplicates(items, gallery, threshold):
+    """Prints the groups. ([{"classes", "images"}], rows of a page)."""
+    groups, rows = [], []
+    for indices, similarities in duplicates(gallery, threshold - ROUNDING):
+        found = [(*items[i], s) for i, s in zip(indices.tolist(), similarities.tolist())]
+        classes = sorted({label for _, label, _ in found if label})
+        words = plural(len(found), "image")
+        words += f" of {plural(len(classes), 'class')}: {', '.join(classes)}" if classes else ""
+        print(f"group {len(groups) + 1}: {words}")
+        for path, label, similarity in found:
+            print("  ".join(["", f"{similarity:.4f}", *([label] if label else []), path]))
+        images = [{"path": path, "class": label or None, "similarity": similarity}
+                  for path, label, similarity in found]  # fmt: skip
+        groups.append({"classes": classes, "images": images})
+        shown = [(path, similarity, None) for path, _, similarity in found[1:ON_PAGE]]
+        rows.append((found[0][0], words, shown))
+    several = sum(len(group["classes"]) > 1 for group in groups)
+    among = f"; {several:,} of them span classes" if several else ""
+    print(f"duplicates: {plural(len(groups), 'group')}, of "
+          f"{sum(len(group['images']) for group in groups):,} of {plural(len(items), 'image')}"
+          f"{among}")  # fmt: skip
+    return groups, rows
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    require_writable(args, "json", "page", "save_index")
-    require_format(args, save_index={".npz": ()})
-    device = choose_device(args.gpu_id)
-    path = checkpoint_in(args.resume)
+    args = checked_flags(argv)
+    device = init_processes(args.gpu_id)
+    if world_size() > 1 and not args.export:
+        raise UserError("several processes are for --export alone; leave torchrun out")
+    path = checkpoint_in(args.checkpoint or args.resume)
+    threshold, words = threshold_of(args, path)
     data = read_bytes(path)
     checkpoint = checkpoint_from(data, path)
     model = network_from(checkpoint, path, precision=args.precision).to(device)
@@ -146,27 +180,39 @@ def main(argv=None):
     theirs = checkpoint.get("args", {})
     background = args.background or theirs.get("background") or WHITE
     identity = f"{hashlib.sha256(data).hexdigest()} {model.precision} {background}"
+    network = {"checkpoint": identity, "run": os.path.abspath(path)}
 
     loading = Loading(theirs.get("image_size", 224), args.workers, device, model.interpolation)
     embed_paths = partial(embed_files, model=model, batch_size=args.batch_size, loading=loading,
                           background=background)  # fmt: skip
-    queries, readable = embed_paths(args.query)
-    if len(readable) < len(args.query):
+    if args.export:
+        gallery = os.path.abspath(args.gallery)
+        plan = {"gallery": gallery, **network, "part_size": args.part_size}
+        out = Path(args.export).resolve()
+        return export_parts(out, items_of(gallery), plan, embed_paths, args.overwrite)
+    queries, readable = embed_paths(args.query or [])
+    if args.query and not readable:
         raise UserError("--query: not an image, as said above")
-    paths, gallery = read_gallery(args, identity, embed_paths)
-    results = []
-    similarities, indices = (x.tolist() for x in nearest(queries, gallery, args.top))
-    for query, *ranked in zip(args.query, similarities, indices):
-        neighbours = [{"path": paths[index], "similarity": s} for s, index in zip(*ranked)]
-        results.append({"query": query, "neighbours": neighbours})
-        print(query)
-        for place, neighbour in enumerate(neighbours, start=1):
-            print(f"{place:4d}  {neighbour['similarity']:.4f}  {neighbour['path']}")
+    items, gallery = read_gallery(args.gallery, args.save_index, network, embed_paths,
+                                  args.overwrite)  # fmt: skip
+    if words:
+        print(f"threshold: {words}")
+    if args.duplicates:
+        found, rows = list_duplicates(items, gallery.to(device), threshold)
+        title, heading = "Duplicates", f"Groups of images at or above {words}"
+    else:
+        answered = [args.query[i] for i in readable]
+        found, rows = answer(answered, queries, items, gallery, args.top, threshold)
+        title, heading = "Nearest neighbours", None
     if args.json:
-        write_json(Path(args.json).resolve(), results)
+        write_json(Path(args.json).resolve(), found)
     if args.page:
-        write_atomically(Path(args.page).resolve(), search_page(results, background))
+        note = f"✓ and a line: at or above {words}; ✗ and dashes: below." if words else ""
+        note = "" if args.duplicates else note
+        page = pictures_page(title, heading, rows, note, background)
+        write_atomically(Path(args.page).resolve(), page)
         print(f"{args.page}: to look at in a browser")
+    return int(len(readable) < len(args.query or []))
 
 
 if __name__ == "__main__":

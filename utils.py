@@ -191,11 +191,13 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})"
 
 
-def choose_device(gpu_id):
-    """The torch.device of --gpu-id; -1 is the only GPU."""
-    count = torch.cuda.device_count()
+def choose_device(gpu_id=None):
+    """The torch.device of --gpu-id; -1 is the only GPU, None the first one or else the CPU."""
+    count, named = torch.cuda.device_count(), gpu_id is not None
+    gpu_id = gpu_id or 0
     if count == 0 and gpu_id <= 0:
-        warn(f"--gpu-id {gpu_id}: no CUDA device here, running on the CPU")
+        if named:
+            warn(f"--gpu-id {gpu_id}: no CUDA device here, running on the CPU")
         return torch.device("cpu")
     if gpu_id == -1 and count > 1:
         raise UserError(f"--gpu-id -1: torchrun has replaced DataParallel: for all {count} GPUs, "

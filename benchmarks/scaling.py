@@ -98,7 +98,7 @@ def measure_processes(count):
 
 def measure_here():
     """In each process: prints the rows, once."""
-    init_processes(0)
+    init_processes()
     two_steps(100, False)  # what the first step alone takes
     rows = [measure(C, sharded) for C in CLASSES for sharded in (False, True)[: world_size()]]
     if rank() == 0:

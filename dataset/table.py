@@ -13,25 +13,36 @@ OWN = "dataset"  # the flag that says which images
 SPLITS = ({"train", "test"}, {"train", "query", "gallery"})
 
 
-def read(file, all_there=True):
+def read(file):
     """Paths are relative to the file. Without a split, the first half of the labels trains."""
     file = Path(file)
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as text:
-            splits, line_of = parse(file, text)
-    except FileNotFoundError:
-        raise UserError(f"--dataset {file}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a list; save it as text in UTF-8 ({error})") from error
+    splits, line_of = opened(file, ("path", "label"))
     _, missing = on_disk([(path, "") for path in line_of])
-    if missing and all_there:
+    if missing:
         such_as = ", ".join(f"line {line_of[path]} {path}" for path in missing[:5])
         raise UserError(f"{file}: {plural(len(missing), 'listed file')} not there: {such_as}; "
                         "correct the path, or delete the line")  # fmt: skip
     return halves(splits[""], file) if "" in splits else splits
 
 
-def parse(file, text):
+def read_gallery(file):
+    """[(path, label or "")] of a list that needs no labels, and whose files may be gone."""
+    splits, _ = opened(Path(file), ("path",))
+    return [item for items in splits.values() for item in items]
+
+
+def opened(file, needed):
+    """`parse` of a file."""
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as text:
+            return parse(file, text, needed)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a list; save it as text in UTF-8 ({error})") from error
+
+
+def parse(file, text, needed):
     """{split: [(path, label)]}, with the split "" if there is no such column; {path: line}."""
     splits, line_of = {}, {}
     delimiter, name = ("\t", "tabs") if file.suffix.lower() == ".tsv" else (",", "commas")
@@ -42,15 +53,17 @@ def parse(file, text):
 
     try:
         columns = rows.fieldnames or []
-        if not {"path", "label"} <= set(columns) or len({*columns}) < len(columns):
-            refuse("the header must name the columns path, label and, if wanted, split, with "
-                   f"{name} between them; it names {', '.join(columns) or 'none'}")  # fmt: skip
+        if not {*needed} <= {*columns} or len({*columns}) < len(columns):
+            optional = "split" if "label" in needed else "label"
+            refuse(f"the header must name the columns {', '.join(needed)} and, if wanted, "
+                   f"{optional}, with {name} between them; it names "
+                   f"{', '.join(columns) or 'none'}")  # fmt: skip
         for row in rows:
             if None in row or None in row.values():
                 refuse(f"must have {len(columns)} fields, as the header has")
-            label, split = row["label"].strip(), row.get("split", "").strip()
-            if not row["path"] or not label:
-                refuse("the path or the label is empty; fill it in, or delete the line")
+            label, split = (row.get(column, "").strip() for column in ("label", "split"))
+            if not all(row[column].strip() for column in needed):
+                refuse(f"the {' or the '.join(needed)} is empty; fill it in, or delete the line")
             if "split" in row and not any(split in allowed for allowed in SPLITS):
                 refuse(f"the split is {split!r}, must be train, test, query or gallery")
             path = os.path.relpath(file.parent / row["path"], file.parent)

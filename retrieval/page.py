@@ -66,17 +66,21 @@ def add_to_page(page, title, lines, picture):
     return write_page({**data, "sections": {**data.get("sections", {}), title: section}})
 
 
-def search_page(results, background):
-    """[{"query": path, "neighbours": [{"path", "similarity"}]}] -> the page's bytes."""
+def pictures_page(title, heading, rows, note, background):
+    """A page of pictures with others beside them; its bytes. rows: [(path, note, others)], others:
+    [(path, similarity, whether that is at or above the threshold or None without one)]."""
     pictures, queries = Pictures(background), []
-    for result in results:
-        queries.append({"picture": pictures.add(result["query"]), "label": None, "found": [
-            [pictures.add(neighbour["path"]), neighbour["similarity"], None]
-            for neighbour in result["neighbours"]
+    for path, words, found in progress(rows, len(rows), "page"):
+        if pictures.bytes > MAX_BYTES:
+            note = f"{note} The first {len(queries):,} of {len(rows):,}.".strip()
+            break
+        queries.append({"picture": pictures.add(path), "label": None, "note": words, "found": [
+            [pictures.add(other), similarity, None, above]
+            for other, similarity, above in found
         ]})  # fmt: skip
     return write_page({
-        "title": "Nearest neighbours", "about": "", "note": "", "metrics": [], "curves": None,
-        "classes": [], "queries": queries, **pictures.data(),
+        "title": title, "heading": heading, "about": "", "note": note, "metrics": [],
+        "curves": None, "classes": [], "queries": queries, **pictures.data(),
     })  # fmt: skip
 
 

@@ -3,8 +3,12 @@
 import contextlib
 import math
 
+import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
+from retrieval.tiles import similarities_of_others, tiles_of
 from utils import progress
 
 NEIGHBOURS = 8  # in pages and exports
@@ -60,3 +64,28 @@ def neighbours(embeddings, top, queries=None):
         parts.append(nearest(embeddings[rows], embeddings[first:], top, excluded))
     similarities, indices = (torch.cat(part).cpu() for part in zip(*parts))
     return similarities, indices + first
+
+
+@torch.inference_mode()
+@exact_products()
+def duplicates(embeddings, threshold, chunk_size=2048):
+    """[(images, similarities)]: groups that pairs at or above `threshold` connect, best first. A
+    similarity is that to the most similar image of the group. embeddings [N, d]: L2-normalised.
+    Memory: chunk_size^2 similarities and, where all are above, as many pairs."""
+    count, device = len(embeddings), embeddings.device
+    images = embeddings, torch.arange(count, device=device)  # each a class of its own
+    best, group = torch.full((count,), -math.inf, device=device), np.arange(count)
+    tiles = tiles_of(images, images, chunk_size)
+    for rows, columns, similarity in similarities_of_others(images, images, tiles, "duplicates"):
+        i, j = (similarity >= threshold).nonzero(as_tuple=True)
+        best[rows].scatter_reduce_(0, i, similarity[i, j], "amax")
+        one, other = group[rows][i.cpu()], group[columns][j.cpu()]
+        if (new := one != other).any():  # most pairs are of a group that is known
+            pairs = coo_array((new[new], (one[new], other[new])), shape=(count, count))
+            group = connected_components(pairs, directed=False)[1][group]
+    best = best.cpu().numpy()
+    found = np.isfinite(best).nonzero()[0]
+    found = found[np.lexsort((found, -best[found], group[found]))]
+    starts = np.unique(group[found], return_index=True)[1]
+    groups = [(part, best[part]) for part in np.split(found, starts[1:]) if len(part)]
+    return sorted(groups, key=lambda each: -each[1][0])

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from runs.checkpoint import on_host
 from runs.results import best_of, main_metric, results_of, summary
 from storage import read_checkpoint, temporary_of, write_atomically, write_checkpoint, write_json
-from utils import UserError, warn
+from utils import UserError, say, warn
 
 # of a best checkpoint
 BEST_PARTS = ("model_state_dict", "args", "history", "images", "trained_on")
@@ -178,5 +178,7 @@ def checkpoint_in(path):
                  for file in Path(path).glob(f"{below}*_{kind}.pth")]  # fmt: skip
         if found:
             newest = max(found, key=lambda file: file.stat().st_mtime).parent
+            if below:
+                say(f"{path}: of its runs the one written last, {newest.name}")
             return str(next(file for file in found if file.parent == newest))
     raise UserError(f"{path}: a folder without a run's checkpoints")

@@ -223,6 +223,21 @@ def run(here, run_of_one_epoch):
     return run_folder(here)
 
 
+@pytest.fixture(scope="session")
+def trained_on_photos_once(tmp_path_factory):
+    with made_once(tmp_path_factory) as folder:
+        make_folder(folder / "photos")
+        train.main(shlex.split(TINY + "--dataset folder --data-root photos --epochs 1"))
+    return folder
+
+
+@pytest.fixture
+def trained(here, trained_on_photos_once):
+    """A run on the folder `photos`; its run folder."""
+    shutil.copytree(trained_on_photos_once, here, dirs_exist_ok=True)
+    return run_folder(here)
+
+
 def run_folder(here):
     (folder,) = here.glob("logs/logs_*/*")
     return folder

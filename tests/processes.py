@@ -106,7 +106,7 @@ def train_where_rank_1_has_no_data(flags):
 
 
 def save_everything(out):
-    init_processes(0)
+    init_processes()
     found = everything()
     if rank() == 0:
         torch.save(found, out)

@@ -280,10 +280,11 @@ def test_a_mistyped_flag_is_answered_with_the_nearest(capsys, main, flags, line)
     assert line in fails(flags, capsys, main)
 
 
-def test_a_gpu_that_is_not_there_is_an_error_and_the_default_without_any_a_warning(
+def test_a_gpu_that_is_not_there_is_an_error_and_without_any_gpu_0_a_warning_if_it_was_named(
     monkeypatch, capsys
 ):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert utils.choose_device().type == "cpu" and not capsys.readouterr().err
     assert utils.choose_device(0).type == utils.choose_device(-1).type == "cpu"
     assert capsys.readouterr().err.count("running on the CPU") == 2
     with pytest.raises(utils.UserError, match="--gpu-id 3: this machine has no CUDA device"):

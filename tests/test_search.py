@@ -6,40 +6,26 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 import search
 import train
-from retrieval.search import nearest
-from tests.conftest import TINY, fails, made_once, make_folder, run_folder, write_image
+from retrieval.search import duplicates, nearest
+from tests.conftest import checkpoint_of, fails, write_image
 from tests.test_page import data_of
 
 FOUND = re.compile(r"^ +(\d+)  (-?\d\.\d{4})  (.*)$", re.M)
 
 
-@pytest.fixture(scope="module")
-def trained_once(tmp_path_factory):
-    with made_once(tmp_path_factory) as folder:
-        make_folder(folder / "photos")
-        train.main(shlex.split(TINY + "--dataset folder --data-root photos --epochs 1"))
-    return folder
-
-
-@pytest.fixture
-def trained(here, trained_once):
-    """A run on the folder `photos`; its run folder."""
-    shutil.copytree(trained_once, here, dirs_exist_ok=True)
-    return run_folder(here)
-
-
 def searched(capsys, flags):
     """(what was printed, what was warned of) of a search."""
     capsys.readouterr()
-    search.main(shlex.split(flags + " --workers 0"))
+    assert not search.main(shlex.split(flags + " --workers 0"))
     out, err = capsys.readouterr()
-    return out, [line for line in err.splitlines() if "gpu-id" not in line]
+    return out, err.splitlines()
 
 
 def test_the_nearest_of_a_picture_in_the_gallery_is_itself_and_the_page_shows_them(
@@ -59,7 +45,7 @@ def test_the_nearest_of_a_picture_in_the_gallery_is_itself_and_the_page_shows_th
     assert first["neighbours"][0]["path"] == str(here / query)
     data = data_of("n.html")
     shown = [query["found"] for query in data["queries"]]
-    assert [[data["names"][picture] for picture, _, _ in found] for found in shown] == [
+    assert [[data["names"][picture] for picture, *_ in found] for found in shown] == [
         ["/".join(near["path"].split("/")[-2:]) for near in result["neighbours"]]
         for result in (first, second)
     ]
@@ -93,9 +79,9 @@ def test_what_cannot_be_read_is_named_skipped_and_counted(here, trained, capsys)
 
 
 def test_a_gallery_is_a_list_too(here, trained, capsys):
-    rows = [f"photos/{path.parent.name}/{path.name},{path.parent.name}"
+    rows = [f"photos/{path.parent.name}/{path.name}"
             for path in sorted(here.glob("photos/*/*")) if '"' not in str(path)]  # fmt: skip
-    (here / "list.csv").write_text("\n".join(["path,label", *rows, "photos/gone.jpg,猫"]))
+    (here / "list.csv").write_text("\n".join(["path", *rows, "photos/gone.jpg"]))
     flags = f"--resume '{trained}' --gallery list.csv --query 'photos/猫/фото 3.jpg'"
     out, _ = searched(capsys, flags)
     assert "gallery: 24 images, 24 of them embedded now; 1 skipped" in out
@@ -111,12 +97,20 @@ def test_a_gallery_is_a_list_too(here, trained, capsys):
     ("--gallery photos --query {image} --page nowhere/p.html", "--page nowhere/p.html: not a"),
     ("--gallery photos --query {image} --save-index g", "--save-index g: must end in .npz"),
     ("--gallery photos --query {image} --top 0", "--top: invalid number"),
-    ("--gallery photos --quer {image}", "required: --query"),
+    ("--gallery photos --quer {image}", "unrecognized arguments: --quer"),
+    ("--gallery photos", "say what for: --query, --duplicates, --export or --save-index"),
+    ("--gallery photos --query {image} --duplicates", "--duplicates: not allowed with argument"),
+    ("--gallery photos --save-index new.npz --json n.json", "--json and --page are of --query"),
+    ("--gallery photos --query {image} --min-similarity 2", "--min-similarity: invalid number"),
+    ("--gallery photos --duplicates", "--duplicates: give the threshold with --min-similarity"),
+    ("--gallery list.csv --query {image}", "list.csv, line 1: the header must name the columns pa"),
+    ("other --gallery photos --query {image}", "name one checkpoint or run folder"),
 ])  # fmt: skip
 def test_a_bad_search_ends_in_one_line(here, trained, capsys, flags, line):
     image = "'photos/猫/фото 3.jpg'"
     (here / "empty").mkdir()
     (here / "g.npz").write_bytes(b"junk")
+    (here / "list.csv").write_text("file\na.jpg\n")
     command = f"--resume '{trained}' {flags.format(image=image)} --workers 0"
     assert line in fails(command, capsys, search.main)
 
@@ -128,6 +122,135 @@ def test_an_index_of_another_checkpoint_is_refused(here, trained, capsys):
     last = next(trained.glob("*_last.pth"))
     line = fails(f"--resume '{last}' {flags} other.npz --workers 0", capsys, search.main)
     assert "an index of another checkpoint" in line
+
+
+def test_one_bad_query_is_named_the_others_are_answered_and_the_status_is_1(here, trained, capsys):
+    good = ["photos/猫/фото 3.jpg", "photos/house wren/фото 0.jpg"]
+    (here / "torn.jpg").write_bytes(b"torn")
+    flags = f"--gallery photos --query '{good[0]}' torn.jpg '{good[1]}' --json n.json --workers 0"
+    capsys.readouterr()
+    assert search.main([str(trained), *shlex.split(flags)]) == 1
+    assert "warning: skipped torn.jpg: not an image" in capsys.readouterr().err
+    results = json.loads(Path("n.json").read_text())
+    assert [result["query"] for result in results] == good
+    nearest_paths = [result["neighbours"][0]["path"] for result in results]
+    assert nearest_paths == [str(here / path) for path in good]
+
+
+def test_of_a_folder_of_runs_it_says_which_one(here, trained, capsys):
+    out, err = searched(capsys, "logs/logs_folder --gallery photos --query 'photos/猫/фото 3.jpg'")
+    assert out.startswith(f"logs/logs_folder: of its runs the one written last, {trained.name}\n")
+    assert not err  # such as of a --gpu-id that nobody has named
+
+
+def test_an_index_is_made_without_a_query_and_says_what_it_is_of(here, trained, capsys):
+    out, _ = searched(capsys, f"'{trained}' --gallery photos --save-index g.npz")
+    assert "32 of them embedded now" in out and not FOUND.findall(out)
+    with np.load("g.npz") as index:
+        assert index["source"] == str(here / "photos") and len(index["paths"]) == 32
+        assert index["run"] == str(here / checkpoint_of(trained, "best"))
+        assert str(index["checkpoint"]).endswith(" fp32 #ffffff")
+
+
+def test_a_second_gallery_replaces_an_index_with_overwrite_alone(here, trained, capsys):
+    flags = f"'{trained}' --save-index g.npz --gallery"
+    shutil.copytree("photos/猫", "cats")
+    searched(capsys, f"{flags} photos")
+    searched(capsys, f"'{trained}' --gallery cats --save-index cats.npz")
+    before = Path("g.npz").read_bytes()
+    for gallery in ("cats", "cats.npz"):
+        line = fails(f"{flags} {gallery} --workers 0", capsys, search.main)
+        assert f"g.npz: holds another gallery, {here}/photos; name another file" in line
+        assert Path("g.npz").read_bytes() == before
+    for gallery, new in (("cats", 8), ("cats.npz", 0)):
+        Path("g.npz").write_bytes(before)
+        out, _ = searched(capsys, f"{flags} {gallery} --overwrite")
+        assert f"8 images, {new} of them embedded now" in out
+        with np.load("g.npz") as index:
+            assert index["source"] == str(here / "cats") and len(index["embeddings"]) == 8
+
+
+def test_each_neighbour_is_above_the_threshold_or_not_and_a_query_can_have_none(
+    here, trained, capsys
+):
+    write_image(here / "new.jpg", seed=77)
+    query = "photos/猫/фото 3.jpg"
+    flags = f"'{trained}' --gallery photos --query '{query}' new.jpg --top 32 --json n.json"
+    plain, _ = searched(capsys, flags)
+    assert not re.search("threshold: |  above  |  below  |nothing like", plain)
+    results = json.loads(Path("n.json").read_text())
+    assert all({*near} == {"path", "similarity"} for near in results[0]["neighbours"])
+    highest = results[1]["neighbours"][0]["similarity"]
+    threshold = (1 + highest) / 2
+    calibration = trained / "calibration.json"
+    calibration.write_text(json.dumps({"threshold": threshold, "fmr": 0.01}))
+    told, _ = searched(capsys, f"{flags} --page n.html")
+    assert f"threshold: {threshold:.4f} ({calibration}, at a rate of false matches of 0.01)" in told
+    assert f"\n{query}\n" in told and "\nnew.jpg: nothing like it\n" in told
+    for result in json.loads(Path("n.json").read_text()):
+        assert result["threshold"] == threshold
+        assert all(near["above"] == (near["similarity"] >= threshold)
+                   for near in result["neighbours"])  # fmt: skip
+    marks = [line.split()[2] for line in told.splitlines() if re.match(r" +\d+  ", line)]
+    assert marks[0] == "above" and set(marks[32:]) == {"below"}
+    first, second = data_of("n.html")["queries"]
+    assert first["note"] == "" and second["note"] == "nothing like it"
+    assert first["found"][0][3] and not any(found[3] for found in second["found"])
+    by_hand, _ = searched(capsys, f"{flags} --min-similarity -1")
+    assert "threshold: -1 (--min-similarity)" in by_hand and "  below  " not in by_hand
+    calibration.write_text("{}")
+    line = fails(f"{flags} --workers 0", capsys, search.main)
+    assert "calibration.json: not a calibration that can be read" in line
+
+
+def test_duplicates_are_listed_with_their_classes_as_text_json_and_page(here, trained, capsys):
+    shutil.copy("photos/猫/фото 3.jpg", "photos/house wren/copy.jpg")
+    shutil.copy("photos/猫/фото 3.jpg", "photos/猫/copy.jpg")
+    shutil.copy("photos/синица/фото 1.jpg", "photos/синица/copy.jpg")
+    rows = [f"photos/{path.parent.name}/{path.name},{path.parent.name}"
+            for path in sorted(here.glob("photos/*/*")) if '"' not in str(path)]  # fmt: skip
+    (here / "list.csv").write_text("\n".join(["path,label", *rows]))
+    flags = f"'{trained}' --duplicates --min-similarity 1 --json d.json --page d.html --gallery"
+    out, _ = searched(capsys, f"{flags} list.csv")
+    assert "duplicates: 2 groups, of 5 of 27 images; 1 of them span classes\n" in out
+    assert re.search(r"^group \d: 3 images of 2 classes: house wren, 猫$", out, re.M)
+    assert re.search(r"^group \d: 2 images of 1 class: синица$", out, re.M)
+    assert f"  1.0000  house wren  {here}/photos/house wren/copy.jpg\n" in out
+    groups = {tuple(group["classes"]): group["images"]
+              for group in json.loads(Path("d.json").read_text())}  # fmt: skip
+    assert groups.keys() == {("house wren", "猫"), ("синица",)}
+    assert {image["path"] for image in groups["синица",]} == {
+        str(here / "photos/синица" / name) for name in ("фото 1.jpg", "copy.jpg")
+    }
+    data = data_of("d.html")
+    assert data["title"] == "Duplicates" and "at or above 1 (--min-similarity)" in data["heading"]
+    shown = {query["note"]: len(query["found"]) for query in data["queries"]}
+    assert shown == {"3 images of 2 classes: house wren, 猫": 2, "2 images of 1 class: синица": 1}
+    folder, _ = searched(capsys, f"{flags} photos")
+    assert "group 1: 3 images\n" in folder and "2 groups, of 5 of 35 images\n" in folder
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 1000])
+@pytest.mark.parametrize("threshold", [-1, 0.5, 0.8, 0.99])
+def test_duplicates_are_the_groups_that_all_pairs_give(chunk_size, threshold):
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(60, 4))
+    x[50:] = x[:10]
+    similarity = (x @ x.T).fill_diagonal_(-2)
+    linked = (similarity >= threshold) | torch.eye(60, dtype=bool)
+    for _ in range(6):  # paths of up to 64 pairs
+        linked = linked.float() @ linked.float() > 0
+    expected = {frozenset(row.nonzero().flatten().tolist()) for row in linked}
+    found = duplicates(x, threshold, chunk_size)
+    assert {frozenset(images.tolist()) for images, _ in found} == {
+        group for group in expected if len(group) > 1
+    }
+    for images, similarities in found:
+        highest = similarity[images].amax(dim=1).numpy()
+        np.testing.assert_allclose(similarities, highest, atol=1e-6)
+        assert (np.diff(similarities) <= 0).all()
+    firsts = [similarities[0] for _, similarities in found]
+    assert firsts == sorted(firsts, reverse=True) and sum(len(i) for i, _ in found) >= 20
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])

@@ -1,6 +1,6 @@
 """A backbone of two small layers, for runs in which the network is not the point.
 
-python -m tests.toy SCRIPT FLAGS is train.py, evaluate.py or sweep.py with it.
+python -m tests.toy SCRIPT FLAGS is train.py, evaluate.py, search.py or sweep.py with it.
 """
 
 import sys
@@ -30,6 +30,7 @@ BACKBONES["toy_with_dropout"] = lambda: Backbone(Toy(0.3), pool)
 
 if __name__ == "__main__":
     import evaluate
+    import search
     import sweep
     import train
     from runs import jobs
@@ -37,4 +38,5 @@ if __name__ == "__main__":
 
     jobs.TRAIN = [sys.executable, "-m", "tests.toy", "train.py"]
     del sys.argv[0]
-    run({"train.py": train, "evaluate.py": evaluate, "sweep.py": sweep}[sys.argv[0]].main)
+    run({"train": train, "evaluate": evaluate, "search": search, "sweep": sweep}[
+        sys.argv[0].removesuffix(".py")].main)
