@@ -31,7 +31,7 @@ from storage import (
     write_atomically,
     write_json,
 )
-from utils import UserError, plural, progress, run, set_precision
+from utils import UserError, plural, progress, run, set_precision, warn
 
 ROUNDING = 1e-6  # of a cosine in float32: equal images are at or above 1
 ON_PAGE = 48  # images of a group of duplicates
@@ -115,9 +115,12 @@ def threshold_of(args, checkpoint):
     try:
         calibration = json.loads(file.read_text())
         threshold, fmr = float(calibration["threshold"]), float(calibration["fmr"])
+        of = calibration["computed_on"]["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a calibration that can be read; evaluate.py --calibrate "
                         "writes it anew, --min-similarity does without") from error  # fmt: skip
+    if of != Path(checkpoint).name:
+        warn(f"{file}: the threshold is that of {of}, and the search's network is {checkpoint}")
     return threshold, f"{threshold:.4f} ({file}, at a rate of false matches of {fmr:g})"
 
 

@@ -45,6 +45,7 @@ def opened(file, needed):
 def parse(file, text, needed):
     """{split: [(path, label)]}, with the split "" if there is no such column; {path: line}."""
     splits, line_of = {}, {}
+    folder = os.path.join(os.path.abspath(file.parent), "")
     delimiter, name = ("\t", "tabs") if file.suffix.lower() == ".tsv" else (",", "commas")
     rows = csv.DictReader(text, delimiter=delimiter, strict=True)
 
@@ -66,10 +67,10 @@ def parse(file, text, needed):
                 refuse(f"the {' or the '.join(needed)} is empty; fill it in, or delete the line")
             if "split" in row and not any(split in allowed for allowed in SPLITS):
                 refuse(f"the split is {split!r}, must be train, test, query or gallery")
-            path = os.path.relpath(file.parent / row["path"], file.parent)
-            if path.startswith(".."):
+            path = os.path.normpath(os.path.join(folder, row["path"]))
+            if not path.startswith(folder):
                 refuse(f"{row['path']} is not below {file.parent}; keep the list above its images")
-            path = os.path.join(file.parent, path)
+            path = os.path.join(file.parent, path.removeprefix(folder))
             if path in line_of:
                 refuse(f"{row['path']} is in line {line_of[path]} already; delete one of them")
             line_of[path] = rows.line_num

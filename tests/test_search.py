@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 import search
 import train
+from retrieval import page
 from retrieval.search import duplicates, nearest
 from tests.conftest import checkpoint_of, fails, write_image
-from tests.test_page import data_of
+from tests.test_page import browser_page, data_of
 
 FOUND = re.compile(r"^ +(\d+)  (-?\d\.\d{4})  (.*)$", re.M)
 
@@ -183,8 +184,11 @@ def test_each_neighbour_is_above_the_threshold_or_not_and_a_query_can_have_none(
     highest = results[1]["neighbours"][0]["similarity"]
     threshold = (1 + highest) / 2
     calibration = trained / "calibration.json"
-    calibration.write_text(json.dumps({"threshold": threshold, "fmr": 0.01}))
-    told, _ = searched(capsys, f"{flags} --page n.html")
+    of = {"checkpoint": checkpoint_of(trained, "best").name}
+    content = json.dumps({"threshold": threshold, "fmr": 0.01, "computed_on": of})
+    calibration.write_text(content)
+    told, err = searched(capsys, f"{flags} --page n.html")
+    assert not err
     assert f"threshold: {threshold:.4f} ({calibration}, at a rate of false matches of 0.01)" in told
     assert f"\n{query}\n" in told and "\nnew.jpg: nothing like it\n" in told
     for result in json.loads(Path("n.json").read_text()):
@@ -198,6 +202,8 @@ def test_each_neighbour_is_above_the_threshold_or_not_and_a_query_can_have_none(
     assert first["found"][0][3] and not any(found[3] for found in second["found"])
     by_hand, _ = searched(capsys, f"{flags} --min-similarity -1")
     assert "threshold: -1 (--min-similarity)" in by_hand and "  below  " not in by_hand
+    calibration.write_text(content.replace("_best.pth", "_last.pth"))
+    assert "the threshold is that of folder_toy_last.pth" in searched(capsys, flags)[1][0]
     calibration.write_text("{}")
     line = fails(f"{flags} --workers 0", capsys, search.main)
     assert "calibration.json: not a calibration that can be read" in line
@@ -228,6 +234,35 @@ def test_duplicates_are_listed_with_their_classes_as_text_json_and_page(here, tr
     assert shown == {"3 images of 2 classes: house wren, 猫": 2, "2 images of 1 class: синица": 1}
     folder, _ = searched(capsys, f"{flags} photos")
     assert "group 1: 3 images\n" in folder and "2 groups, of 5 of 35 images\n" in folder
+
+
+def test_a_page_of_many_groups_ends_at_its_limit_and_says_so(here, trained, capsys, monkeypatch):
+    for path in [*(here / "photos/猫").iterdir()]:
+        shutil.copy(path, here / "photos/house wren" / f"copy of {path.name}")
+    monkeypatch.setattr(page, "MAX_BYTES", 10_000)
+    flags = f"'{trained}' --gallery photos --duplicates --min-similarity 1 --page d.html"
+    searched(capsys, flags)
+    data = data_of("d.html")
+    assert 1 < len(data["queries"]) < 8
+    assert data["note"] == f"The first {len(data['queries'])} of 8."
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_page_of_a_search_marks_what_is_above_in_a_browser(here, trained, capsys, width):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    write_image(here / "new.jpg", seed=77)
+    flags = f"'{trained}' --gallery photos --query 'photos/猫/фото 3.jpg' new.jpg --page n.html"
+    searched(capsys, f"{flags} --min-similarity 0.9999")
+    with sync_api.sync_playwright() as playwright:
+        tab = browser_page(playwright, viewport={"width": width, "height": 900})
+        tab.goto((here / "n.html").as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        (above,) = tab.locator(".right").all_inner_texts()
+        assert above.startswith("✓ 1.0000") and "фото 3.jpg" in above
+        assert tab.locator(".wrong").count() == 19
+        assert [("nothing like it" in row) for row in tab.locator(".query").all_inner_texts()] == [
+            False, True,
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
