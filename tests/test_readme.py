@@ -48,7 +48,9 @@ def test_the_example_runs(capsys):
     assert capsys.readouterr().out.count("agnostic") == 3
 
 
-def test_a_folder_of_ones_own_trains_evaluates_and_is_searched_with_the_commands_shown(here):
+def test_a_folder_of_ones_own_trains_evaluates_and_is_searched_with_the_commands_shown(
+    here, capsys
+):
     make_folder(here / "photos", per_class=40)
     text = (ROOT / "README.md").read_text()
     first = re.search(r"^python train.py (--dataset folder .*)$", text, re.M)[1]
@@ -56,6 +58,7 @@ def test_a_folder_of_ones_own_trains_evaluates_and_is_searched_with_the_commands
     tiny = "--model toy --weights none --image-size 32 --embedding-size 8 --epochs 1"
     train.main(shlex.split(f"{first} {tiny} --workers 0 --wandb disabled"))
     evaluate.main([second, "--workers", "0"])
+    assert f"written last, {run_folder(here).name}\n" in capsys.readouterr().out
     third = re.search(r"^python search.py (.*)$", text, re.M)[1]
     next((here / "photos").glob("*/*")).rename("A.jpg")
     search.main([*shlex.split(third), "--workers", "0"])
