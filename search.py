@@ -17,7 +17,7 @@ from distributed import init_processes, world_size
 from flags import GPU_HELP, PRECISION_HELP, PRECISIONS, Parser, at_least, colour
 from loading.loader import Loading, batches, test_loader
 from net import network_from
-from retrieval.catalogue import export_parts, items_of, read_gallery
+from retrieval.catalogue import export_parts, read_gallery
 from retrieval.embed import embed
 from retrieval.export import EMBEDDING_FILES
 from retrieval.page import pictures_page
@@ -47,19 +47,19 @@ def build_parser():
     what = parser.add_mutually_exclusive_group().add_argument
     what("--query", nargs="+", metavar="FILE", help="images to find others like")
     what("--duplicates", action="store_true",
-         help="groups of images of the gallery that are similar to at least the threshold")
+         help="list the groups of images in the gallery that are at or above the threshold")
     what("--export", metavar="PATH",
-         help="write the gallery's embeddings to PATH's .part-00000.parquet, or .npz, and on; "
-         "where it was interrupted it goes on; torchrun shares the parts out")  # fmt: skip
+         help="write the gallery's embeddings in parts, PATH with .part-00000 and on before its "
+         ".parquet or .npz; run again, it writes the missing ones; torchrun shares them out")
     add("--top", default=10, type=at_least(1), help="neighbours a query")
     add("--min-similarity", type=at_least(-1, float, 1), metavar="S",
         help="the threshold, a cosine; by default that of evaluate.py --calibrate")  # fmt: skip
     add("--save-index", metavar="PATH",
         help="keep the gallery's embeddings in this .npz; used again, only new and changed files "
         "are embedded")  # fmt: skip
-    add("--part-size", default=10_000, type=at_least(1), help="images a part of --export")
+    add("--part-size", default=10_000, type=at_least(1), help="images in a part of --export")
     add("--overwrite", action="store_true",
-        help="--save-index and --export replace what is there of another gallery or checkpoint")
+        help="--save-index and --export replace files of another gallery or checkpoint")
     add("--json", metavar="PATH", help="also write what is found to this file")
     add("--page", metavar="PATH", help="also write it with pictures to this .html")
     add("--background", type=colour, metavar="COLOUR",
@@ -80,12 +80,52 @@ def checked_flags(argv):
     if not (args.query or args.duplicates or args.export or args.save_index):
         parser.error("say what for: --query, --duplicates, --export or --save-index")
     if (args.json or args.page) and not (args.query or args.duplicates):
-        parser.error("--json and --page are of --query or --duplicates")
+        parser.error("--json and --page need --query or --duplicates")
     if args.export and (args.save_index or args.gallery.lower().endswith(".npz")):
         parser.error("--export embeds a folder or a list; an index is a file of its own")
     require_writable(args, "json", "page", "save_index", "export")
     require_format(args, save_index={".npz": ()}, export=EMBEDDING_FILES)
     return args
+
+
+def threshold_of(args, checkpoint):
+    """(threshold, in words): --min-similarity, or what evaluate.py --calibrate found for this
+    checkpoint; else (None, "")."""
+    if not (args.query or args.duplicates):
+        return None, ""
+    if args.min_similarity is not None:
+        return args.min_similarity, f"{args.min_similarity:g} (--min-similarity)"
+    file, name = Path(checkpoint).with_name("calibration.json"), Path(checkpoint).name
+    if file.exists():
+        try:
+            calibration = json.loads(file.read_text())
+            threshold, rate = calibration["threshold"], calibration["fmr"]
+            of = calibration["computed_on"]["checkpoint"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{file}: not a calibration that can be read; repeat evaluate.py "
+                            "--calibrate, or give --min-similarity") from error  # fmt: skip
+        if of == name:
+            return threshold, f"{threshold:.4f} ({file}, false match rate {rate:g})"
+        warn(f"{file}: not used; its threshold is of {of}, this search is with {name}")
+    if args.duplicates:
+        raise UserError("--duplicates: needs a threshold; give --min-similarity, such as 0.95, or "
+                        f"have evaluate.py --calibrate compute that of {name}")  # fmt: skip
+    return None, ""
+
+
+def embedder(args, path, device):
+    """(embed_files with the network of a checkpoint, {what an index keeps of that}, background)."""
+    data = read_bytes(path)
+    checkpoint = checkpoint_from(data, path)
+    model = network_from(checkpoint, path, precision=args.precision).to(device)
+    set_precision(model.precision)
+    theirs = checkpoint.get("args", {})
+    background = args.background or theirs.get("background") or WHITE
+    identity = f"{hashlib.sha256(data).hexdigest()} {model.precision} {background}"
+    loading = Loading(theirs.get("image_size", 224), args.workers, device, model.interpolation)
+    embed_paths = partial(embed_files, model=model, batch_size=args.batch_size, loading=loading,
+                          background=background)  # fmt: skip
+    return embed_paths, {"checkpoint": identity, "run": os.path.abspath(path)}, background
 
 
 def embed_files(paths, model, batch_size, loading, background, label="embedding"):
@@ -100,72 +140,46 @@ def embed_files(paths, model, batch_size, loading, background, label="embedding"
     return embeddings.cpu(), indices.tolist()
 
 
-def threshold_of(args, checkpoint):
-    """(threshold, in words), from --min-similarity or evaluate.py --calibrate; else (None, "")."""
-    if not (args.query or args.duplicates):
-        return None, ""
-    if args.min_similarity is not None:
-        return args.min_similarity, f"{args.min_similarity:g} (--min-similarity)"
-    file = Path(checkpoint).with_name("calibration.json")
-    if not file.exists():
-        if args.duplicates:
-            raise UserError("--duplicates: give the threshold with --min-similarity, such as 0.95, "
-                            f"or have evaluate.py --calibrate write {file}")  # fmt: skip
-        return None, ""
-    try:
-        calibration = json.loads(file.read_text())
-        threshold, fmr = float(calibration["threshold"]), float(calibration["fmr"])
-        of = calibration["computed_on"]["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not a calibration that can be read; evaluate.py --calibrate "
-                        "writes it anew, --min-similarity does without") from error  # fmt: skip
-    if of != Path(checkpoint).name:
-        warn(f"{file}: the threshold is that of {of}, and the search's network is {checkpoint}")
-    return threshold, f"{threshold:.4f} ({file}, at a rate of false matches of {fmr:g})"
-
-
 def answer(queries, embedded, items, gallery, top, threshold):
-    """Prints each query's neighbours. ([{"query", "neighbours"}], rows of a page)."""
+    """Prints each query's neighbours; returns (what --json has, rows of a page)."""
     results, rows = [], []
     similarities, indices = (x.tolist() for x in nearest(embedded, gallery, top))
     for query, *ranked in zip(queries, similarities, indices):
-        result, found = {"query": query, "neighbours": []}, []
-        for similarity, index in zip(*ranked):
-            above = None if threshold is None else similarity >= threshold - ROUNDING
-            found.append((items[index][0], similarity, above))
-            neighbour = {"path": items[index][0], "similarity": similarity}
-            result["neighbours"].append(neighbour | ({} if above is None else {"above": above}))
-        alone = threshold is not None and not found[0][2]
-        print(f"{query}: nothing like it" if alone else query)
-        for place, (path, similarity, above) in enumerate(found, start=1):
-            mark = {None: "", True: "above  ", False: "below  "}[above]
-            print(f"{place:4d}  {similarity:.4f}  {mark}{path}")
-        results.append(result if threshold is None else {**result, "threshold": threshold})
-        rows.append((query, "nothing like it" if alone else "", found))
+        found = [{"path": items[i][0], "similarity": s} for s, i in zip(*ranked)]
+        if threshold is not None:
+            for each in found:
+                each["above"] = each["similarity"] >= threshold - ROUNDING
+        note = "" if found[0].get("above", True) else "nothing like it"
+        print(f"{query}: {note}" if note else query)
+        for place, each in enumerate(found, start=1):
+            mark = {None: "", True: "above  ", False: "below  "}[each.get("above")]
+            print(f"{place:4d}  {each['similarity']:.4f}  {mark}{each['path']}")
+        results.append({"query": query, "threshold": threshold, "neighbours": found})
+        rows.append((query, note, found))
     return results, rows
 
 
 def list_duplicates(items, gallery, threshold):
-    """Prints the groups. ([{"classes", "images"}], rows of a page)."""
+    """Prints the groups; returns (what --json has, rows of a page)."""
     groups, rows = [], []
     for indices, similarities in duplicates(gallery, threshold - ROUNDING):
-        found = [(*items[i], s) for i, s in zip(indices.tolist(), similarities.tolist())]
-        classes = sorted({label for _, label, _ in found if label})
-        words = plural(len(found), "image")
-        words += f" of {plural(len(classes), 'class')}: {', '.join(classes)}" if classes else ""
-        print(f"group {len(groups) + 1}: {words}")
-        for path, label, similarity in found:
-            print("  ".join(["", f"{similarity:.4f}", *([label] if label else []), path]))
-        images = [{"path": path, "class": label or None, "similarity": similarity}
-                  for path, label, similarity in found]  # fmt: skip
+        images = [{"path": items[i][0], "class": items[i][1] or None, "similarity": s}
+                  for i, s in zip(indices.tolist(), similarities.tolist())]  # fmt: skip
+        classes = sorted({each["class"] for each in images} - {None})
+        note = plural(len(images), "image")
+        if classes:
+            note += f" of {plural(len(classes), 'class')}: {', '.join(classes)}"
+        print(f"group {len(groups) + 1}: {note}")
+        for each in images:
+            label = f"{each['class']}  " if each["class"] else ""
+            print(f"  {each['similarity']:.4f}  {label}{each['path']}")
         groups.append({"classes": classes, "images": images})
-        shown = [(path, similarity, None) for path, _, similarity in found[1:ON_PAGE]]
-        rows.append((found[0][0], words, shown))
-    several = sum(len(group["classes"]) > 1 for group in groups)
-    among = f"; {several:,} of them span classes" if several else ""
-    print(f"duplicates: {plural(len(groups), 'group')}, of "
-          f"{sum(len(group['images']) for group in groups):,} of {plural(len(items), 'image')}"
-          f"{among}")  # fmt: skip
+        rows.append((images[0]["path"], note, images[1:ON_PAGE]))
+    total = sum(len(group["images"]) for group in groups)
+    mixed = sum(len(group["classes"]) > 1 for group in groups)
+    print(f"duplicates: {plural(len(groups), 'group')} with {total:,} of the "
+          f"{plural(len(items), 'image')}"
+          + (f"; {mixed:,} with several classes" if mixed else ""))  # fmt: skip
     return groups, rows
 
 
@@ -176,23 +190,10 @@ def main(argv=None):
         raise UserError("several processes are for --export alone; leave torchrun out")
     path = checkpoint_in(args.checkpoint or args.resume)
     threshold, words = threshold_of(args, path)
-    data = read_bytes(path)
-    checkpoint = checkpoint_from(data, path)
-    model = network_from(checkpoint, path, precision=args.precision).to(device)
-    set_precision(model.precision)
-    theirs = checkpoint.get("args", {})
-    background = args.background or theirs.get("background") or WHITE
-    identity = f"{hashlib.sha256(data).hexdigest()} {model.precision} {background}"
-    network = {"checkpoint": identity, "run": os.path.abspath(path)}
-
-    loading = Loading(theirs.get("image_size", 224), args.workers, device, model.interpolation)
-    embed_paths = partial(embed_files, model=model, batch_size=args.batch_size, loading=loading,
-                          background=background)  # fmt: skip
+    embed_paths, network, background = embedder(args, path, device)
     if args.export:
-        gallery = os.path.abspath(args.gallery)
-        plan = {"gallery": gallery, **network, "part_size": args.part_size}
-        out = Path(args.export).resolve()
-        return export_parts(out, items_of(gallery), plan, embed_paths, args.overwrite)
+        return export_parts(args.export, args.gallery, network, args.part_size, embed_paths,
+                            args.overwrite)  # fmt: skip
     queries, readable = embed_paths(args.query or [])
     if args.query and not readable:
         raise UserError("--query: not an image, as said above")
@@ -201,18 +202,17 @@ def main(argv=None):
     if words:
         print(f"threshold: {words}")
     if args.duplicates:
+        title, note = "Duplicates", f"Groups of images at or above {words}."
         found, rows = list_duplicates(items, gallery.to(device), threshold)
-        title, heading = "Duplicates", f"Groups of images at or above {words}"
     else:
+        title = "Nearest neighbours"
+        note = words and f"✓ and a line: at or above {words}; ✗ and dashes: below."
         answered = [args.query[i] for i in readable]
         found, rows = answer(answered, queries, items, gallery, args.top, threshold)
-        title, heading = "Nearest neighbours", None
     if args.json:
         write_json(Path(args.json).resolve(), found)
     if args.page:
-        note = f"✓ and a line: at or above {words}; ✗ and dashes: below." if words else ""
-        note = "" if args.duplicates else note
-        page = pictures_page(title, heading, rows, note, background)
+        page = pictures_page(title, note, rows, background)
         write_atomically(Path(args.page).resolve(), page)
         print(f"{args.page}: to look at in a browser")
     return int(len(readable) < len(args.query or []))

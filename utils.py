@@ -193,12 +193,12 @@ def device_name(device):
 
 def choose_device(gpu_id=None):
     """The torch.device of --gpu-id; -1 is the only GPU, None the first one or else the CPU."""
-    count, named = torch.cuda.device_count(), gpu_id is not None
-    gpu_id = gpu_id or 0
-    if count == 0 and gpu_id <= 0:
-        if named:
+    count = torch.cuda.device_count()
+    if count == 0 and gpu_id in (None, 0, -1):
+        if gpu_id is not None:
             warn(f"--gpu-id {gpu_id}: no CUDA device here, running on the CPU")
         return torch.device("cpu")
+    gpu_id = gpu_id or 0
     if gpu_id == -1 and count > 1:
         raise UserError(f"--gpu-id -1: torchrun has replaced DataParallel: for all {count} GPUs, "
                         f"torchrun --nproc-per-node {count} train.py ... with the same flags")

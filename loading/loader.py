@@ -95,10 +95,11 @@ def augmented(images, loading, key):
 
 def test_loader(images, batch_size, loading, rows=None):
     """Every image once, in order; each rank has its share, or `rows`."""
-    if rows is None and len(images) < world_size():
-        raise UserError(f"{plural(len(images), 'test image')}: fewer than the {world_size()} "
-                        "processes that share them; start fewer")  # fmt: skip
-    rows = rows_of_this_rank(range(len(images))) if rows is None else rows
+    if rows is None:
+        if len(images) < world_size():
+            raise UserError(f"{plural(len(images), 'test image')}: fewer than the {world_size()} "
+                            "processes that share them; start fewer")  # fmt: skip
+        rows = rows_of_this_rank(range(len(images)))
     return make_loader(partial(centred, images, loading), loading.workers, loading.device,
                        batch_size=batch_size, sampler=rows)  # fmt: skip
 

@@ -48,10 +48,10 @@ def open_index(path, identity):
     except Exception as error:  # numpy and zipfile fail in many ways
         raise UserError(f"{path}: not an index that can be read ({error})") from error
     if str(index["checkpoint"]) != identity:
-        run = f", {index['run']}" if "run" in index else ""
+        run = f" (it was made with {index['run']})" if "run" in index else ""
         raise UserError(
-            f"{path}: an index of another checkpoint{run}, or of another --precision or "
-            f"--background; embed the gallery again with --gallery {index['source']} and another "
+            f"{path}: an index of another checkpoint, --precision or --background{run}; embed the "
+            f"gallery again with --gallery {index['source']} and another "
             "--save-index, or with --overwrite"
         )
     return index
@@ -95,36 +95,36 @@ def read_gallery(gallery, file, network, embed_paths, overwrite):
     return [items[i] for i in kept], torch.from_numpy(embeddings)
 
 
-def export_parts(out, items, plan, embed_paths, overwrite):
-    """Write OUT.part-00000.parquet, or .npz, and on, each of plan["part_size"] images. A part is
-    written whole or not at all, so those that exist are done; each rank writes its share of the
-    rest. `plan` is kept in OUT.parquet.json: what must be the same for an export to go on."""
-    digest = hashlib.sha256()
+def export_parts(out, gallery, network, part_size, embed_paths, overwrite):
+    """Write OUT.part-00000.parquet, or .npz, and on, each of `part_size` images. A part is written
+    whole or not at all, so those that exist are done; each rank writes its share of the rest. What
+    they are of is kept in OUT.parquet.json, and must be the same for an export to go on."""
+    out, gallery = Path(out).resolve(), os.path.abspath(gallery)
+    items, digest = items_of(gallery), hashlib.sha256()
     for item in items:
         digest.update("\t".join((*item, "\n")).encode(errors="surrogateescape"))
-    plan = {**plan, "images": len(items), "list": digest.hexdigest()}
-    size = plan["part_size"]
-    count = -(-len(items) // size)
+    plan = {"gallery": gallery, **network, "part_size": part_size, "images": len(items),
+            "list": digest.hexdigest()}  # fmt: skip
+    count = -(-len(items) // part_size)
     agreed, missing = from_rank_0(partial(claim, out, plan, count, overwrite))
     if agreed != plan:
-        raise UserError(f"--gallery {plan['gallery']}: this process finds other images in it than "
-                        "the first one")  # fmt: skip
-    written, mine = 0, round_robin(missing)
+        raise UserError(f"--gallery {gallery}: this process finds other images in it than the "
+                        "first one")  # fmt: skip
+    written, skipped, mine = 0, 0, round_robin(missing)
     for number in mine:
-        rows = items[number * size : (number + 1) * size]
+        rows = items[number * part_size : (number + 1) * part_size]
         label = f"part {number + 1} of {count}"
         embeddings, readable = embed_paths([path for path, _ in rows], label=label)
         write_part(part_of(out, number), [rows[i] for i in readable], embeddings.numpy())
-        written += len(readable)
+        written, skipped = written + len(readable), skipped + len(rows) - len(readable)
     # each rank by itself: one that waited for a slower one could wait too long
     done = f"{count:,} in all, {count - len(missing):,} were there" if is_rank_0() else "its share"
-    print(f"{part_of(out, '*')}: {plural(len(mine), 'part')} written, {done}; "
-          f"{plural(written, 'embedding')}", flush=True)  # fmt: skip
+    print(f"{part_of(out, 0)} and on: {plural(len(mine), 'part')} written, {done}; "
+          f"{plural(written, 'embedding')}, {skipped:,} skipped", flush=True)  # fmt: skip
 
 
 def part_of(out, number):
-    """The path of a part; `*` is a pattern for all."""
-    return out.with_name(f"{out.stem}.part-{number:{'' if number == '*' else '05d'}}{out.suffix}")
+    return out.with_name(f"{out.stem}.part-{number:05d}{out.suffix}")
 
 
 def claim(out, plan, count, overwrite):
@@ -142,7 +142,7 @@ def claim(out, plan, count, overwrite):
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: cannot be read, so it is not known what the parts beside it "
                             "are of; start anew with --overwrite") from error  # fmt: skip
-        other = [name for name in plan.keys() - {"run"} if stored.get(name) != plan[name]]
+        other = [name for name in plan if name != "run" and stored.get(name) != plan[name]]
         if other:
             raise UserError(f"{file}: the parts beside it are of another {' and '.join(other)}; "
                             "name another file, or start anew with --overwrite")  # fmt: skip

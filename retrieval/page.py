@@ -19,7 +19,7 @@ DATA_TAG = '<script type="application/json" id="data">'
 
 
 class Pictures:
-    """Small copies of images, each once; `add` rerounds an image's number."""
+    """Small copies of images, each once; `add` returns an image's number."""
 
     def __init__(self, background):
         self.background = background
@@ -66,21 +66,21 @@ def add_to_page(page, title, lines, picture):
     return write_page({**data, "sections": {**data.get("sections", {}), title: section}})
 
 
-def pictures_page(title, heading, rows, note, background):
+def pictures_page(title, note, rows, background):
     """A page of pictures with others beside them; its bytes. rows: [(path, note, others)], others:
-    [(path, similarity, whether that is at or above the threshold or None without one)]."""
+    [{"path", "similarity", and, with a threshold, "above": whether it is at or above that}]."""
     pictures, queries = Pictures(background), []
-    for path, words, found in progress(rows, len(rows), "page"):
+    for path, words, others in progress(rows, len(rows), "page"):
         if pictures.bytes > MAX_BYTES:
             note = f"{note} The first {len(queries):,} of {len(rows):,}.".strip()
             break
         queries.append({"picture": pictures.add(path), "label": None, "note": words, "found": [
-            [pictures.add(other), similarity, None, above]
-            for other, similarity, above in found
+            [pictures.add(other["path"]), other["similarity"], None, other.get("above")]
+            for other in others
         ]})  # fmt: skip
     return write_page({
-        "title": title, "heading": heading, "about": "", "note": note, "metrics": [],
-        "curves": None, "classes": [], "queries": queries, **pictures.data(),
+        "title": title, "about": "", "note": note, "metrics": [], "curves": None,
+        "classes": [], "queries": queries, **pictures.data(),
     })  # fmt: skip
 
 

@@ -101,9 +101,9 @@ def test_a_gallery_is_a_list_too(here, trained, capsys):
     ("--gallery photos --quer {image}", "unrecognized arguments: --quer"),
     ("--gallery photos", "say what for: --query, --duplicates, --export or --save-index"),
     ("--gallery photos --query {image} --duplicates", "--duplicates: not allowed with argument"),
-    ("--gallery photos --save-index new.npz --json n.json", "--json and --page are of --query"),
+    ("--gallery photos --save-index new.npz --json n.json", "--json and --page need --query"),
     ("--gallery photos --query {image} --min-similarity 2", "--min-similarity: invalid number"),
-    ("--gallery photos --duplicates", "--duplicates: give the threshold with --min-similarity"),
+    ("--gallery photos --duplicates", "--duplicates: needs a threshold; give --min-similarity"),
     ("--gallery list.csv --query {image}", "list.csv, line 1: the header must name the columns pa"),
     ("other --gallery photos --query {image}", "name one checkpoint or run folder"),
 ])  # fmt: skip
@@ -189,7 +189,7 @@ def test_each_neighbour_is_above_the_threshold_or_not_and_a_query_can_have_none(
     calibration.write_text(content)
     told, err = searched(capsys, f"{flags} --page n.html")
     assert not err
-    assert f"threshold: {threshold:.4f} ({calibration}, at a rate of false matches of 0.01)" in told
+    assert f"threshold: {threshold:.4f} ({calibration}, false match rate 0.01)\n" in told
     assert f"\n{query}\n" in told and "\nnew.jpg: nothing like it\n" in told
     for result in json.loads(Path("n.json").read_text()):
         assert result["threshold"] == threshold
@@ -203,7 +203,9 @@ def test_each_neighbour_is_above_the_threshold_or_not_and_a_query_can_have_none(
     by_hand, _ = searched(capsys, f"{flags} --min-similarity -1")
     assert "threshold: -1 (--min-similarity)" in by_hand and "  below  " not in by_hand
     calibration.write_text(content.replace("_best.pth", "_last.pth"))
-    assert "the threshold is that of folder_toy_last.pth" in searched(capsys, flags)[1][0]
+    unused = "not used; its threshold is of folder_toy_last.pth, this search is with folder_toy_be"
+    out, (line,) = searched(capsys, flags)
+    assert f"{calibration}: {unused}" in line and out == plain
     calibration.write_text("{}")
     line = fails(f"{flags} --workers 0", capsys, search.main)
     assert "calibration.json: not a calibration that can be read" in line
@@ -218,7 +220,7 @@ def test_duplicates_are_listed_with_their_classes_as_text_json_and_page(here, tr
     (here / "list.csv").write_text("\n".join(["path,label", *rows]))
     flags = f"'{trained}' --duplicates --min-similarity 1 --json d.json --page d.html --gallery"
     out, _ = searched(capsys, f"{flags} list.csv")
-    assert "duplicates: 2 groups, of 5 of 27 images; 1 of them span classes\n" in out
+    assert "duplicates: 2 groups with 5 of the 27 images; 1 with several classes\n" in out
     assert re.search(r"^group \d: 3 images of 2 classes: house wren, 猫$", out, re.M)
     assert re.search(r"^group \d: 2 images of 1 class: синица$", out, re.M)
     assert f"  1.0000  house wren  {here}/photos/house wren/copy.jpg\n" in out
@@ -229,11 +231,11 @@ def test_duplicates_are_listed_with_their_classes_as_text_json_and_page(here, tr
         str(here / "photos/синица" / name) for name in ("фото 1.jpg", "copy.jpg")
     }
     data = data_of("d.html")
-    assert data["title"] == "Duplicates" and "at or above 1 (--min-similarity)" in data["heading"]
+    assert data["title"] == "Duplicates" and "at or above 1 (--min-similarity)" in data["note"]
     shown = {query["note"]: len(query["found"]) for query in data["queries"]}
     assert shown == {"3 images of 2 classes: house wren, 猫": 2, "2 images of 1 class: синица": 1}
     folder, _ = searched(capsys, f"{flags} photos")
-    assert "group 1: 3 images\n" in folder and "2 groups, of 5 of 35 images\n" in folder
+    assert "group 1: 3 images\n" in folder and "2 groups with 5 of the 35 images\n" in folder
 
 
 def test_a_page_of_many_groups_ends_at_its_limit_and_says_so(here, trained, capsys, monkeypatch):
@@ -244,7 +246,7 @@ def test_a_page_of_many_groups_ends_at_its_limit_and_says_so(here, trained, caps
     searched(capsys, flags)
     data = data_of("d.html")
     assert 1 < len(data["queries"]) < 8
-    assert data["note"] == f"The first {len(data['queries'])} of 8."
+    assert data["note"].endswith(f" The first {len(data['queries'])} of 8.")
 
 
 @pytest.mark.parametrize("width", [400, 1400])
