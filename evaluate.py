@@ -10,7 +10,7 @@ import dataset
 from dataset.check import load_split
 from dataset.images import union
 from distributed import init_processes, rank
-from flags import SWITCH, Parser, add_data_flags, add_network_flags
+from flags import SWITCH, Parser, add_data_flags, add_network_flags, share
 from loading.loader import Loading, batches, test_loader
 from net import CHOICES, model_name
 from net.export import MODEL_FILES, concatenate, save_model
@@ -19,6 +19,12 @@ from retrieval.export import EMBEDDING_FILES, export
 from retrieval.metrics import recall_at_k  # noqa: F401 (as an API)
 from retrieval.page import results_page
 from retrieval.search import NEIGHBOURS, neighbours
+from runs.calibration import (
+    calibrate_checkpoint,
+    check_calibration,
+    images_to_calibrate_on,
+    write_calibration,
+)
 from runs.checkpoint import epoch_of
 from runs.diagnosis import check_diagnosis, diagnose_checkpoint, write_diagnosis
 from runs.finish import draw_curves
@@ -47,6 +53,12 @@ def build_parser():
         "checkpoint, and both on the run's page")  # fmt: skip
     add("--factors", metavar="FILE.csv",
         help="path and factors of images: --diagnose also probes how well each can be read")
+    add("--calibrate", **SWITCH,
+        help="from which cosine on two pictures count as the same: calibration.json and "
+        "*_calibration.png beside the checkpoint")  # fmt: skip
+    add("--fmr", type=share, metavar="RATE",
+        help="of --calibrate: the share of pairs of different classes that may count as the same, "
+        "by default 0.01")  # fmt: skip
     add("--save-model", metavar="PATH",
         help="also write the network to this .onnx or .pt2: pixels in, embeddings out")  # fmt: skip
     add_data_flags(parser, dataset.canonical_name, dataset.CHOICES, batch_size=150)
@@ -145,12 +157,14 @@ def main(argv=None):
     require_format(args, export=EMBEDDING_FILES, save_model=MODEL_FILES)
     device = init_processes(args.gpu_id)
     check_diagnosis(args, sources)
+    check_calibration(args, sources)
     models = [network_of(*source) for source in sources]
     loadings = [Loading(flags.image_size, args.workers, device, model.interpolation)
                 for (flags, _), model in zip(sources, models)]  # fmt: skip
     images = load_split(args, "test")
     about = describe(f"{dataset.title(args.dataset)} test", images)
     say(about)
+    unseen = images_to_calibrate_on(args, checkpoint, images)
     if args.save_model and rank() == 0:
         save_networks(args.save_model, models, images, loadings)
     diagnosis = {}
@@ -162,8 +176,12 @@ def main(argv=None):
     if rank():
         return
     known = union([checkpoint.get("trained_on") for _, checkpoint in sources])
-    facts = facts_of({"test": images}, device, known)
+    facts = facts_of({"test": images, **unseen}, device, known)
     facts |= {"diagnosis": diagnosis} if diagnosis else {}
+    if unseen:
+        about_these = (unseen, loadings[0], retrieved.embeddings, facts)
+        calibration, drawn = calibrate_checkpoint(args, checkpoint, models[0], *about_these)
+        facts["calibration"] = calibration
     remarks = remarks_on_images(facts["images"])
     if known:
         remarks += [f"{flags.checkpoint} does not know what it was trained on."
@@ -173,6 +191,8 @@ def main(argv=None):
     write_outputs(sources, images, " ".join([about, *remarks]), rows, facts, retrieved)
     if diagnosis:
         write_diagnosis(args.checkpoint, epoch_of(checkpoint), diagnosis, args.page)
+    if unseen:
+        write_calibration(args.checkpoint, calibration, drawn, args.page)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,43 @@ def draw_diagnosis(diagnosis, title):
     return png_of(figure, 110)
 
 
+def draw_calibration(calibration, counts, title):
+    """The cosines of pairs of one class and of different classes, with the threshold, and how many
+    match by threshold: a PNG's bytes. counts: {kind of pair: [bins]}."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure.suptitle(title)
+    density, rates = figure.subplots(1, 2)
+    (used,) = sum(counts.values()).nonzero()
+    first, last, bins = int(used[0]), int(used[-1]), len(counts["one class"])
+    width = 2 ** max(0, (last - first).bit_length() - 7)  # of 64 to 128 bars
+    edges = torch.linspace(-1, 1, bins + 1)
+    for (kind, each), colour, style in zip(counts.items(), ("#0060a8", "#d1600a"), ("-", "--")):
+        bars = each.reshape(-1, width).sum(axis=1) / each.sum() * bins / 2 / width
+        density.stairs(bars, edges[::width], color=colour, alpha=0.35, fill=True)
+        label = f"{calibration['pairs'][kind]:,} pairs of {kind}"
+        density.stairs(bars, edges[::width], color=colour, linestyle=style, label=label)
+        matching = 100 * (1 - each.cumsum() / each.sum())
+        rates.plot(edges[1:], matching, style, color=colour, label=f"of {kind}, % that match")
+    low, high = calibration["intervals"]["threshold"]
+    for axes in (density, rates):
+        axes.axvspan(low, high, color="k", alpha=0.12, linewidth=0)
+        axes.axvline(calibration["threshold"], color="k", linewidth=1.2,
+                     label=f"threshold {calibration['threshold']:.3f} and its 95 % interval")
+        axes.set(xlim=(edges[first], edges[last + 1]), xlabel="cosine of two pictures")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    density.set_title("density of the pairs' cosines", fontsize="medium")
+    density.set_ylim(0, 1.3 * density.get_ylim()[1])  # the legend is above
+    rates.set(yscale="log", ylim=(100 / max(each.sum(), 10), 130))
+    rates.yaxis.set_major_formatter("{x:g}")
+    rates.set_title("% of pairs that match, by threshold", fontsize="medium")
+    density.legend(fontsize="small", loc="upper left")
+    rates.legend(fontsize="small", loc="lower left")
+    return png_of(figure, 110)
+
+
 COLOURS = {"retrieval": "#0060a8", "specific": "#d1600a", "pixels": "#8a8a8a"}
 
 

@@ -1,6 +1,7 @@
 """evaluate.py --diagnose of a checkpoint: what it was trained on, and where the diagnosis goes."""
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import dataset
@@ -63,13 +64,19 @@ def stored_proxies(path, checkpoint, num_classes):
 
 
 def write_diagnosis(path, epoch, diagnosis, page=None):
-    """Print a checkpoint's diagnosis, and draw it: beside the checkpoint, on the page of its run,
-    and on `page`."""
+    """Print a checkpoint's diagnosis, and draw it."""
+    lines = describe_diagnosis(diagnosis)
+    show_finding("Diagnosis", path, epoch, lines, partial(draw_diagnosis, diagnosis), page)
+
+
+def show_finding(what, path, epoch, lines, draw, page=None):
+    """Print what was found of a checkpoint, and write its picture, draw(title): beside the
+    checkpoint, on the page of its run, and on `page`."""
     path = Path(path)
-    title = f"Diagnosis of {path.name}" + ("" if epoch is None else f", epoch {epoch}")
-    lines, picture = describe_diagnosis(diagnosis), draw_diagnosis(diagnosis, title)
+    title = f"{what} of {path.name}" + ("" if epoch is None else f", epoch {epoch}")
+    picture = draw(title=title)
     print("\n".join(lines))
-    drawn = path.with_name(f"{path.stem}_diagnosis.png")
+    drawn = path.with_name(f"{path.stem}_{what.lower()}.png")
     write_atomically(drawn, picture)
     print(f"{drawn}: the same, drawn")
     pages = [path.with_name("page.html"), *([page] if page else [])]

@@ -16,6 +16,7 @@ from utils import UserError, say, warn
 
 # of a best checkpoint
 BEST_PARTS = ("model_state_dict", "args", "history", "images", "trained_on")
+CALIBRATION = "calibration.json"  # beside a checkpoint, by evaluate.py --calibrate
 REPLACED = ".replaced"  # ends the names of files that --overwrite has renamed
 LOCK_SECONDS = 10  # before version 4 of filelock, a killed run's workers hold its lock for 5 s
 
@@ -35,8 +36,9 @@ class RunFolder:
         self.summary = self.folder / "results.json"
         self.curves = self.folder / "curves.png"
         self.page = self.folder / "page.html"
+        self.calibration = self.folder / CALIBRATION
         self.files = [self.args, self.metrics, self.results, self.summary, self.curves, self.page,
-                      self.best, self.last, self.previous]  # fmt: skip
+                      self.calibration, self.best, self.last, self.previous]  # fmt: skip
         self.file_lock = FileLock(self.folder / ".lock", timeout=LOCK_SECONDS)
         self.complete, self.writing = False, None
 
@@ -81,7 +83,8 @@ class RunFolder:
         if new and self.in_use():
             for file in filter(Path.exists, self.files):
                 os.replace(file, f"{file}{REPLACED}")
-        for file in (self.summary, self.page, self.curves):  # of an end that was not the last
+        # of an end that was not the last
+        for file in (self.summary, self.page, self.curves, self.calibration):
             file.unlink(missing_ok=True)
         write_json(self.args, description)
         self.write_results(training.history, training.start)
