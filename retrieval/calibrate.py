@@ -14,6 +14,7 @@ from utils import UserError, plural, progress
 BINS = 2**13  # of cosines from -1 to 1: thresholds are multiples of 2^-12 = 0.00024
 GROUPS = 128  # of classes, in the bootstrap: 270 MB of counts
 RESAMPLES = 500
+TILE = 2**23  # cosines in memory
 FEW = 20  # of fewer classes the intervals are too narrow
 
 
@@ -37,7 +38,7 @@ def check_pairs(images, fmr):
         kind = "different classes" if genuine else "one class"
         raise UserError(f"{where} have no pair of {kind}; it needs two classes, and two images "
                         "or more of a class")  # fmt: skip
-    if fmr * impostor < 1:
+    if fmr < 1 / impostor:
         raise UserError(f"--fmr {fmr:g}: the {impostor:,} pairs of different classes here can tell "
                         f"a rate of {1 / impostor:.2g} at least")  # fmt: skip
 
@@ -56,7 +57,6 @@ def count_pairs(embeddings, labels, queries=None, groups=GROUPS, seed=0):
 
     A group is a class; of more than `groups` classes it is several, by chance. embeddings [N, d]
     are L2-normalised; pairs are of the first `queries` images with the rest, None: of all images.
-    Memory: 2^23 cosines.
     """
     labels = labels.cpu().numpy()
     classes = labels.max() + 1
@@ -73,7 +73,7 @@ def count_pairs(embeddings, labels, queries=None, groups=GROUPS, seed=0):
     sides, slot = np.array(np.triu_indices(G)), np.zeros((G, G), int)
     slot[tuple(sides)] = slot[tuple(sides[::-1])] = np.arange(len(sides[0]))
     genuine, impostor = np.zeros((G, BINS), np.int32), np.zeros((len(sides[0]), BINS), np.int32)
-    gallery, most = embeddings[columns].float(), max(1, 2**23 // len(columns))
+    gallery, most = embeddings[columns].float(), max(1, TILE // len(columns))
     for i in progress(range(G), G, "calibration"):
         first = i if queries is None else 0  # the pairs before were counted from the other side
         for start in range(of_row[i], of_row[i + 1], most):

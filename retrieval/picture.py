@@ -65,7 +65,7 @@ def draw_calibration(calibration, counts, title):
     (used,) = sum(counts.values()).nonzero()
     first, last, bins = int(used[0]), int(used[-1]), len(counts["one class"])
     width = 2 ** max(0, (last - first).bit_length() - 7)  # of 64 to 128 bars
-    edges = torch.linspace(-1, 1, bins + 1)
+    edges = torch.linspace(-1, 1, bins + 1).numpy()
     for (kind, each), colour, style in zip(counts.items(), ("#0060a8", "#d1600a"), ("-", "--")):
         bars = each.reshape(-1, width).sum(axis=1) / each.sum() * bins / 2 / width
         density.stairs(bars, edges[::width], color=colour, alpha=0.35, fill=True)
