@@ -19,14 +19,10 @@ from retrieval.export import EMBEDDING_FILES, export
 from retrieval.metrics import recall_at_k  # noqa: F401 (as an API)
 from retrieval.page import results_page
 from retrieval.search import NEIGHBOURS, neighbours
-from runs.calibration import (
-    calibrate_checkpoint,
-    check_calibration,
-    images_to_calibrate_on,
-    write_calibration,
-)
+from runs.calibration import calibrate_checkpoint, images_to_calibrate_on
 from runs.checkpoint import epoch_of
-from runs.diagnosis import check_diagnosis, diagnose_checkpoint, write_diagnosis
+from runs.diagnosis import diagnose_checkpoint
+from runs.findings import check_findings, show_finding
 from runs.finish import draw_curves
 from runs.results import remarks_on_images, results_of
 from runs.sources import network_of, resolve_flags
@@ -57,8 +53,7 @@ def build_parser():
         help="from which cosine on two pictures count as the same: calibration.json and "
         "*_calibration.png beside the checkpoint")  # fmt: skip
     add("--fmr", type=share, metavar="RATE",
-        help="of --calibrate: the share of pairs of different classes that may count as the same, "
-        "by default 0.01")  # fmt: skip
+        help="the share of pairs of different classes that may count as the same; default 0.01")
     add("--save-model", metavar="PATH",
         help="also write the network to this .onnx or .pt2: pixels in, embeddings out")  # fmt: skip
     add_data_flags(parser, dataset.canonical_name, dataset.CHOICES, batch_size=150)
@@ -156,8 +151,7 @@ def main(argv=None):
     require_writable(args, *OUTPUTS)
     require_format(args, export=EMBEDDING_FILES, save_model=MODEL_FILES)
     device = init_processes(args.gpu_id)
-    check_diagnosis(args, sources)
-    check_calibration(args, sources)
+    check_findings(args, sources)
     models = [network_of(*source) for source in sources]
     loadings = [Loading(flags.image_size, args.workers, device, model.interpolation)
                 for (flags, _), model in zip(sources, models)]  # fmt: skip
@@ -167,21 +161,20 @@ def main(argv=None):
     unseen = images_to_calibrate_on(args, checkpoint, images)
     if args.save_model and rank() == 0:
         save_networks(args.save_model, models, images, loadings)
-    diagnosis = {}
+    findings = {}
     if args.diagnose:  # first, as it may refuse
         set_precision(args.precision)
         model = models[0].to(device)
-        diagnosis = diagnose_checkpoint(args, checkpoint, model, images, loadings[0])
+        findings["diagnosis"] = diagnose_checkpoint(args, checkpoint, model, images, loadings[0])
     rows, retrieved = evaluate_all(sources, models, images, loadings)
     if rank():
         return
     known = union([checkpoint.get("trained_on") for _, checkpoint in sources])
     facts = facts_of({"test": images, **unseen}, device, known)
-    facts |= {"diagnosis": diagnosis} if diagnosis else {}
     if unseen:
-        about_these = (unseen, loadings[0], retrieved.embeddings, facts)
-        calibration, drawn = calibrate_checkpoint(args, checkpoint, models[0], *about_these)
-        facts["calibration"] = calibration
+        findings["calibration"] = calibrate_checkpoint(
+            args, checkpoint, models[0], unseen, loadings[0], retrieved.embeddings, facts["images"])
+    facts |= {what: found for what, (found, *_) in findings.items()}
     remarks = remarks_on_images(facts["images"])
     if known:
         remarks += [f"{flags.checkpoint} does not know what it was trained on."
@@ -189,10 +182,8 @@ def main(argv=None):
     for line in remarks:
         print(line)
     write_outputs(sources, images, " ".join([about, *remarks]), rows, facts, retrieved)
-    if diagnosis:
-        write_diagnosis(args.checkpoint, epoch_of(checkpoint), diagnosis, args.page)
-    if unseen:
-        write_calibration(args.checkpoint, calibration, drawn, args.page)
+    for what, (_, lines, draw) in findings.items():
+        show_finding(what, args.checkpoint, epoch_of(checkpoint), lines, draw, args.page)
 
 
 if __name__ == "__main__":

@@ -18,26 +18,19 @@ TILE = 2**23  # cosines in memory
 FEW = 20  # of fewer classes the intervals are too narrow
 
 
-def pairs_of(images):
-    """(genuine, impostor): how many pairs an ImageSet has; of queries with the gallery if it has
-    one."""
-    sides = images.labels[: images.queries], images.labels[images.queries or 0 :]
-    first, second = (side.bincount(minlength=len(images.classes)) for side in sides)
-    if images.queries is None:
-        genuine, pairs = int((first * (first - 1)).sum()) // 2, len(images) * (len(images) - 1) // 2
-    else:
-        genuine, pairs = int((first * second).sum()), len(sides[0]) * len(sides[1])
-    return genuine, pairs - genuine
-
-
 def check_pairs(images, fmr):
     """UserError where an ImageSet has no pairs that could tell the rate `fmr` of false matches."""
-    genuine, impostor = pairs_of(images)
-    where = f"--calibrate: {plural(len(images), 'image')} of {plural(len(images.classes), 'class')}"
+    sides = images.labels[: images.queries], images.labels[images.queries or 0 :]
+    first, second = (side.bincount(minlength=len(images.classes)) for side in sides)
+    genuine = int(first @ second)
+    impostor = len(sides[0]) * len(sides[1]) - genuine
+    if images.queries is None:  # each pair once, and no image with itself
+        genuine, impostor = (genuine - len(images)) // 2, impostor // 2
     if not genuine or not impostor:
         kind = "different classes" if genuine else "one class"
-        raise UserError(f"{where} have no pair of {kind}; it needs two classes, and two images "
-                        "or more of a class")  # fmt: skip
+        raise UserError(f"--calibrate: {plural(len(images), 'image')} of "
+                        f"{plural(len(images.classes), 'class')} have no pair of {kind}; it needs "
+                        "two classes, and two images or more of a class")  # fmt: skip
     if fmr < 1 / impostor:
         raise UserError(f"--fmr {fmr:g}: the {impostor:,} pairs of different classes here can tell "
                         f"a rate of {1 / impostor:.2g} at least")  # fmt: skip
@@ -51,7 +44,7 @@ def bins_of(cosines):
 
 @torch.inference_mode()
 @exact_products()
-def count_pairs(embeddings, labels, queries=None, groups=GROUPS, seed=0):
+def count_pairs(embeddings, labels, queries=None, groups=GROUPS):
     """(genuine [G, BINS], impostor [P, BINS], sides [2, P]): all pairs, counted by cosine, of each
     of G groups of classes, and of each pair of groups, a group with itself included.
 
@@ -61,7 +54,7 @@ def count_pairs(embeddings, labels, queries=None, groups=GROUPS, seed=0):
     labels = labels.cpu().numpy()
     classes = labels.max() + 1
     G = min(classes, groups)
-    group = (np.random.default_rng(seed).permutation(classes) % G)[labels]
+    group = (np.random.default_rng(0).permutation(classes) % G)[labels]
 
     def by_group(start, stop):
         """Indices of images in order of their groups, and where each group begins and ends."""
@@ -90,20 +83,16 @@ def count_pairs(embeddings, labels, queries=None, groups=GROUPS, seed=0):
     return genuine, impostor, sides
 
 
-def error_rates(genuine, impostor):
-    """(FMR, FNMR) [..., BINS + 1] at each bin edge, from -1 to 1; arguments: counts [..., BINS]."""
-    none = np.zeros((*genuine.shape[:-1], 1))
-    matching = np.concatenate([impostor[..., ::-1].cumsum(axis=-1)[..., ::-1], none], axis=-1)
-    missed = np.concatenate([none, genuine.cumsum(axis=-1)], axis=-1)
-    return matching / matching[..., :1], missed / missed[..., -1:]
-
-
 def measures(genuine, impostor, fmr, at=None):
     """{measure: [...]} of counts [..., BINS]. threshold: the smallest edge with FMR <= fmr; FMR and
     FNMR are at the edge number `at`, by default that one. EER: mean of FMR and FNMR at the edge
     where they differ least. AUC: how often a genuine pair has a greater cosine than an impostor;
     pairs in one bin count half."""
-    matching, missed = error_rates(genuine, impostor)
+    none, share = np.zeros((*genuine.shape[:-1], 1)), impostor / impostor.sum(-1, keepdims=True)
+    # FMR and FNMR at each of the BINS + 1 edges
+    matching = np.concatenate([impostor[..., ::-1].cumsum(-1)[..., ::-1], none], axis=-1)
+    missed = np.concatenate([none, genuine.cumsum(-1)], axis=-1)
+    matching, missed = matching / matching[..., :1], missed / missed[..., -1:]
     chosen = (matching <= fmr).argmax(axis=-1)
     at = chosen if at is None else at
     crossing = np.abs(matching - missed).argmin(axis=-1)
@@ -112,7 +101,6 @@ def measures(genuine, impostor, fmr, at=None):
         edges = np.broadcast_to(edge, rates.shape[:-1])[..., None]
         return np.take_along_axis(rates, edges, axis=-1)[..., 0]
 
-    share = impostor / impostor.sum(axis=-1, keepdims=True)
     return {
         "threshold": chosen / (BINS // 2) - 1,
         "measured_fmr": value(matching, at), "fnmr": value(missed, at),
@@ -121,7 +109,7 @@ def measures(genuine, impostor, fmr, at=None):
     }  # fmt: skip
 
 
-def resampled(genuine, impostor, sides, resamples=RESAMPLES, seed=0):
+def resampled(genuine, impostor, sides, resamples=RESAMPLES):
     """(genuine, impostor) [B, BINS] of B samples of as many groups, drawn with replacement.
 
     A group that is drawn w times is w groups: its genuine pairs count w times, its impostors with
@@ -129,7 +117,7 @@ def resampled(genuine, impostor, sides, resamples=RESAMPLES, seed=0):
     kind of pair are left out.
     """
     G = len(genuine)
-    w = np.random.default_rng(seed).multinomial(G, np.full(G, 1 / G), resamples).astype(float)
+    w = np.random.default_rng(0).multinomial(G, np.full(G, 1 / G), resamples).astype(float)
     pair = np.where(sides[0] == sides[1], w[:, sides[0]], w[:, sides[0]] * w[:, sides[1]])
     blocks = [slice(start, start + 1024) for start in range(0, len(impostor), 1024)]
     both = w @ genuine, sum(pair[:, block] @ impostor[block].astype(float) for block in blocks)

@@ -68,9 +68,9 @@ def draw_calibration(calibration, counts, title):
     edges = torch.linspace(-1, 1, bins + 1).numpy()
     for (kind, each), colour, style in zip(counts.items(), ("#0060a8", "#d1600a"), ("-", "--")):
         bars = each.reshape(-1, width).sum(axis=1) / each.sum() * bins / 2 / width
-        density.stairs(bars, edges[::width], color=colour, alpha=0.35, fill=True)
-        label = f"{calibration['pairs'][kind]:,} pairs of {kind}"
-        density.stairs(bars, edges[::width], color=colour, linestyle=style, label=label)
+        density.stairs(bars, edges[::width], fill=True, facecolor=(colour, 0.35), edgecolor=colour,
+                       linestyle=style, linewidth=1.2,
+                       label=f"{calibration['pairs'][kind]:,} pairs of {kind}")
         matching = 100 * (1 - each.cumsum() / each.sum())
         rates.plot(edges[1:], matching, style, color=colour, label=f"of {kind}, % that match")
     low, high = calibration["intervals"]["threshold"]
@@ -83,7 +83,7 @@ def draw_calibration(calibration, counts, title):
         axes.grid(alpha=0.3)
     density.set_title("density of the pairs' cosines", fontsize="medium")
     density.set_ylim(0, 1.3 * density.get_ylim()[1])  # the legend is above
-    rates.set(yscale="log", ylim=(100 / max(each.sum(), 10), 130))
+    rates.set(yscale="log", ylim=(100 / max(counts["different classes"].sum(), 10), 130))
     rates.yaxis.set_major_formatter("{x:g}")
     rates.set_title("% of pairs that match, by threshold", fontsize="medium")
     density.legend(fontsize="small", loc="upper left")

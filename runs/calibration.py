@@ -1,33 +1,22 @@
-"""evaluate.py --calibrate of a checkpoint: on which images, and where the calibration goes."""
+"""evaluate.py --calibrate of a checkpoint: on which images, and what is kept of it."""
 
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
 from dataset.check import load_split
-from distributed import world_size
 from loading.loader import batches, test_loader
 from retrieval.calibrate import calibrate, check_pairs, describe_calibration
 from retrieval.embed import embed
 from retrieval.picture import draw_calibration
 from runs.checkpoint import epoch_of
 from runs.checks import hold_out
-from runs.diagnosis import show_finding
 from runs.folder import CALIBRATION
 from runs.sources import data_of
 from storage import write_json
 from utils import UserError, progress
 
 FMR = 0.01
-
-
-def check_calibration(args, sources):
-    if args.fmr is not None and not args.calibrate:
-        raise UserError("--fmr: needs --calibrate, whose rate of false matches it is")
-    if args.calibrate and len(sources) > 1:
-        raise UserError("--calibrate: is of one network; name one checkpoint")
-    if args.calibrate and world_size() > 1:
-        raise UserError("--calibrate: needs one process; leave torchrun out")
 
 
 def images_to_calibrate_on(args, checkpoint, test):
@@ -43,37 +32,34 @@ def images_to_calibrate_on(args, checkpoint, test):
         if theirs.get("val_classes"):
             trained = load_split(args, "train")
             found = {"calibration": hold_out(Namespace(**theirs), trained)["val"]}
-    for images in found.values():
-        check_pairs(images, args.fmr or FMR)
+    check_pairs(*found.values(), args.fmr or FMR)
     return found
 
 
-def calibrate_checkpoint(args, checkpoint, model, images, loading, tested, facts):
-    """(calibration, counts to draw) of a network. images: of `images_to_calibrate_on`; tested: the
-    embeddings of the test images; facts: of runs.start.facts_of."""
+def calibrate_checkpoint(args, checkpoint, model, images, loading, tested, counts):
+    """(calibration, lines, draw) of a network; the calibration is kept in calibration.json beside
+    the checkpoint.
+
+    images: of `images_to_calibrate_on`; tested: embeddings of the test images; counts: of both, as
+    dataset.images.counts_of has them.
+    """
     ((split, unseen),) = images.items()
-    if split != "test":
+    on_test = split == "test"
+    if not on_test:
         loader = test_loader(unseen, args.batch_size, loading)
         loaded = progress(batches(loader, loading.device), len(loader), "embedding")
         tested, _ = embed(model, loaded)
     found, drawn = calibrate(tested, unseen.labels, args.fmr or FMR, unseen.queries)
     found["computed_on"] = {
         "dataset": args.dataset, "data_root": args.data_root,
-        "split": "test images" if split == "test" else "held-out classes",
-        **facts["images"][split],
+        "split": "test images" if on_test else "held-out classes", **counts[split],
         "checkpoint": Path(args.checkpoint).name, "epoch": epoch_of(checkpoint),
     }  # fmt: skip
-    return found, drawn
-
-
-def write_calibration(path, calibration, drawn, page=None):
-    """Print a checkpoint's calibration, draw it, and keep it in calibration.json beside it."""
-    file, on = Path(path).with_name(CALIBRATION), calibration["computed_on"]
-    write_json(file, calibration)
-    lines = describe_calibration(calibration)
-    if on["split"] == "test images":
+    file = Path(args.checkpoint).with_name(CALIBRATION)
+    write_json(file, found)
+    print(f"{file}: the threshold, for programs")
+    lines = describe_calibration(found)
+    if on_test:
         lines.append("calibration and test are the same images, so the threshold is optimistic; "
                      "of a run with --val-classes it is computed on the held-out classes")
-    draw = partial(draw_calibration, calibration, drawn)
-    show_finding("Calibration", path, on["epoch"], lines, draw, page)
-    print(f"{file}: the threshold, for search.py")
+    return found, lines, partial(draw_calibration, found, drawn)

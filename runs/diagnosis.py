@@ -1,38 +1,26 @@
-"""evaluate.py --diagnose of a checkpoint: what it was trained on, and where the diagnosis goes."""
+"""evaluate.py --diagnose of a checkpoint: what it was trained on, and its proxies."""
 
 from argparse import Namespace
 from functools import partial
-from pathlib import Path
 
 import dataset
 from dataset.check import load_split
-from distributed import world_size
 from losses import class_proxies
 from recipe import build_criterion
 from retrieval.diagnose import describe_diagnosis, diagnose
-from retrieval.page import add_to_page
 from retrieval.picture import draw_diagnosis
 from retrieval.probes import read_factors
 from runs.checks import hold_out
-from storage import write_atomically
 from utils import UserError, say
 
 
-def check_diagnosis(args, sources):
-    if args.diagnose and len(sources) > 1:
-        raise UserError("--diagnose: is of one network; name one checkpoint")
-    if args.diagnose and world_size() > 1:
-        raise UserError("--diagnose: needs one process; leave torchrun out")
-    if args.factors and not args.diagnose:
-        raise UserError("--factors: needs --diagnose, which probes them")
-
-
 def diagnose_checkpoint(args, checkpoint, model, images, loading):
-    """`diagnose` a network; images: those of the test."""
+    """(diagnosis, lines, draw) of a network; images: those of the test."""
     factors = read_factors(args.factors) if args.factors else None
     both = {"train": trained_images(args, checkpoint), "test": images}
     proxies = stored_proxies(args.checkpoint, checkpoint, len(both["train"].classes))
-    return diagnose(model, both, loading, args.batch_size, proxies, factors)
+    found = diagnose(model, both, loading, args.batch_size, proxies, factors)
+    return found, describe_diagnosis(found), partial(draw_diagnosis, found)
 
 
 def trained_images(args, checkpoint):
@@ -61,24 +49,3 @@ def stored_proxies(path, checkpoint, num_classes):
         say(f"{where} --loss {flags.loss} has no proxies")
     except RuntimeError:
         say(f"{where} its proxies are not those of the {num_classes:,} training classes here")
-
-
-def write_diagnosis(path, epoch, diagnosis, page=None):
-    """Print a checkpoint's diagnosis, and draw it."""
-    lines = describe_diagnosis(diagnosis)
-    show_finding("Diagnosis", path, epoch, lines, partial(draw_diagnosis, diagnosis), page)
-
-
-def show_finding(what, path, epoch, lines, draw, page=None):
-    """Print what was found of a checkpoint, and write its picture, draw(title): beside the
-    checkpoint, on the page of its run, and on `page`."""
-    path = Path(path)
-    title = f"{what} of {path.name}" + ("" if epoch is None else f", epoch {epoch}")
-    picture = draw(title=title)
-    print("\n".join(lines))
-    drawn = path.with_name(f"{path.stem}_{what.lower()}.png")
-    write_atomically(drawn, picture)
-    print(f"{drawn}: the same, drawn")
-    pages = [path.with_name("page.html"), *([page] if page else [])]
-    for file in filter(Path.exists, {Path(each).resolve() for each in pages}):
-        write_atomically(file, add_to_page(file.read_bytes(), title, lines, picture))

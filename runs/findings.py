@@ -1,0 +1,34 @@
+"""What --diagnose and --calibrate of evaluate.py share: when they work, and where findings go."""
+
+from pathlib import Path
+
+from distributed import world_size
+from retrieval.page import add_to_page
+from storage import write_atomically
+from utils import UserError
+
+
+def check_findings(args, sources):
+    for flag, detail in {"diagnose": "factors", "calibrate": "fmr"}.items():
+        if not getattr(args, flag):
+            if getattr(args, detail) is not None:
+                raise UserError(f"--{detail}: needs --{flag}")
+        elif len(sources) > 1:
+            raise UserError(f"--{flag}: is of one network; name one checkpoint")
+        elif world_size() > 1:
+            raise UserError(f"--{flag}: needs one process; leave torchrun out")
+
+
+def show_finding(what, path, epoch, lines, draw, page=None):
+    """Print what was found of a checkpoint, and write its picture, draw(title=): beside the
+    checkpoint, on the page of its run, and on `page`."""
+    path = Path(path)
+    title = f"{what.capitalize()} of {path.name}" + ("" if epoch is None else f", epoch {epoch}")
+    picture = draw(title=title)
+    print("\n".join(lines))
+    drawn = path.with_name(f"{path.stem}_{what}.png")
+    write_atomically(drawn, picture)
+    print(f"{drawn}: the same, drawn")
+    pages = [path.with_name("page.html"), *([page] if page else [])]
+    for file in filter(Path.exists, {Path(each).resolve() for each in pages}):
+        write_atomically(file, add_to_page(file.read_bytes(), title, lines, picture))
