@@ -12,6 +12,7 @@ help:  ## this list
 demo: install  ## draw a small data set, train on it for about two minutes, evaluate
 	.venv/bin/python train.py $(DEMO) --overwrite
 	.venv/bin/python evaluate.py --resume $(DEMO_RUN)/demo_bn_inception_last.pth
+	@echo "One run this small cannot tell DDML from the plain loss: docs/evidence.md has what was measured."
 
 paper: install  ## the three published commands, with and without DDML, three seeds: README's rows
 	.venv/bin/python -m benchmarks.paper

@@ -15,7 +15,7 @@ from runs.tables import (
     images_of,
     in_columns,
     labels_of,
-    mixture_of,
+    notes_on,
     same_images,
     short_table,
     with_spread,
@@ -104,7 +104,7 @@ def in_words(told, metric):
 
 
 def report(settings, compared, by):
-    """The short tables, with the verdicts and a note on each row that mixes code or machines."""
+    """The short tables, with the verdicts and the notes on each row."""
     yield "mean ± standard deviation over the seeds; 3x4: 3 seeds, each the mean of its 4 folds\n"
     for title, group in same_images(settings):
         yield f"{title}: {images_of(group[0])}"
@@ -114,8 +114,8 @@ def report(settings, compared, by):
             if told != "baseline":
                 metric = f"{epoch_by(setting, by)} {setting.metric}"
                 yield in_lines(f"{label}: {in_words(told, metric)}")
-            if mixed := mixture_of(setting):
-                yield in_lines(f"note: {label}: this row mixes {mixed}")
+            if notes := notes_on(setting):
+                yield in_lines(f"note: {label}: {'; '.join(notes)}")
         yield ""
 
 

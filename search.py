@@ -22,7 +22,7 @@ from retrieval.embed import embed
 from retrieval.export import EMBEDDING_FILES
 from retrieval.page import pictures_page
 from retrieval.search import duplicates, nearest
-from runs.folder import checkpoint_in
+from runs.folder import CALIBRATION, checkpoint_in
 from storage import (
     checkpoint_from,
     read_bytes,
@@ -95,7 +95,7 @@ def threshold_of(args, checkpoint):
         return None, ""
     if args.min_similarity is not None:
         return args.min_similarity, f"{args.min_similarity:g} (--min-similarity)"
-    file, name = Path(checkpoint).with_name("calibration.json"), Path(checkpoint).name
+    file, name = Path(checkpoint).with_name(CALIBRATION), Path(checkpoint).name
     if file.exists():
         try:
             calibration = json.loads(file.read_text())

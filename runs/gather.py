@@ -10,7 +10,7 @@ from scipy.stats import t as student_t
 
 import dataset
 from runs.checkpoint import FREE_ON_RESUME
-from runs.results import HELD_OUT, rows_of
+from runs.results import HELD_OUT, remarks_on_images, rows_of
 from utils import UserError, plural
 
 # Flags that may differ within a row; all others change the numbers.
@@ -27,6 +27,7 @@ class Setting(NamedTuple):
     metric: str  # Recall@K of the least K
     rows: dict  # {seed: {fold: {"start", "chosen" or "best", "last": {metric: per cent}}}}
     processes: list  # what args.json says of each run's processes: commit, device, ...
+    seen: set  # lines on images that were trained on
 
 
 def gather(folders):
@@ -45,7 +46,7 @@ def gather(folders):
             flags, images, key = identity(described["flags"], results["images"])
             rows = {title: metrics for title, _, metrics in rows_of(results)}
             metric = next(name for name in rows["last"] if name.startswith("R@"))
-            setting = settings.setdefault(key, Setting(flags, images, metric, {}, []))
+            setting = settings.setdefault(key, Setting(flags, images, metric, {}, [], set()))
             seed, fold = (described["flags"].get(name) for name in ("seed", "fold"))
             folds = setting.rows.setdefault(seed, {})
             if fold in folds:
@@ -53,6 +54,7 @@ def gather(folders):
                 continue
             folds[fold] = rows
             setting.processes.extend([described, *described["resumed"]])
+            setting.seen.update(remarks_on_images(results["images"]))
         except (OSError, ValueError, LookupError, StopIteration, UserError) as error:
             left_out.append(f"{path}: damaged ({' '.join(str(error).split())})")
     settings = [setting for _, setting in sorted(settings.items())]

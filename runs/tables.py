@@ -92,7 +92,7 @@ def full_table(settings, compared, by):
             row |= {flag_of(name): str(flags.get(name, "")) for name in names}
             row |= {split: counts_of(setting, split) for split in ("train", "test")}
             row |= {"epochs": str(flags["epochs"]), "seeds": seeds_of(setting)}
-            row |= {"mixes": mixture_of(setting)}
+            row |= {"notes": "; ".join(notes_on(setting))}
             for which in ("start", "chosen", "best", "last"):
                 row |= {f"{which} {name}": with_spread(by_seed(setting, which, name))
                         for name in metrics_of(setting, which)}  # fmt: skip
@@ -164,13 +164,15 @@ def commit_of(process):
     return process["commit"][:7] + " with changes" * process["uncommitted_changes"]
 
 
-def mixture_of(setting):
-    """What one row mixes: `2 devices (A, B)`; "" if all runs are of the same code and machine."""
+def notes_on(setting):
+    """[`mixes 2 devices (A, B)`]: other code or machines in one row, and unseen images that were
+    trained on."""
     facts = {"commits": [], "devices": [], "numbers of processes": [], "versions of torch": []}
     for each in setting.processes:
         values = commit_of(each), each["device"], each["processes"], each["versions"]["torch"]
         for known, value in zip(facts.values(), values):
             if str(value) not in known:
                 known.append(str(value))
-    return "; ".join(f"{len(values)} {what} ({', '.join(values)})"
-                     for what, values in facts.items() if len(values) > 1)  # fmt: skip
+    mixed = [f"mixes {len(values)} {what} ({', '.join(values)})"
+             for what, values in facts.items() if len(values) > 1]  # fmt: skip
+    return mixed + sorted(setting.seen)

@@ -173,12 +173,19 @@ def test_what_is_computed_with_makes_a_row_and_what_is_not_does_not(here):
 
 def test_a_row_that_mixes_code_or_machines_says_so(here, capsys):
     make_run("--seed 1", 70)
-    assert "this row mixes" not in text_of("", capsys)
+    assert "note:" not in text_of("", capsys)
     make_run("--seed 2", 70, commit="b" * 40, uncommitted_changes=True, device="H100", processes=8)
     (row,), out = table(), text_of("", capsys)
-    assert row["mixes"] in out and "this row" not in row["mixes"]
-    assert ("this row mixes 2 commits (aaaaaaa, bbbbbbb with changes); 2 devices (cpu, H100); "
-            "2 numbers of processes (1, 8)") in out  # fmt: skip
+    assert row["notes"] in out and row["notes"] == (
+        "mixes 2 commits (aaaaaaa, bbbbbbb with changes); mixes 2 devices (cpu, H100); "
+        "mixes 2 numbers of processes (1, 8)"
+    )
+
+
+def test_a_row_tested_on_images_that_were_trained_on_says_so(here, capsys):
+    seen = {"trained_on": {"classes": 2, "images": 20}}
+    make_run("", 70, images={"train": TRAIN, "test": TEST | seen})
+    assert "2 of 7 classes, 20 of 70 images were trained on." in text_of("", capsys)
 
 
 @pytest.mark.parametrize("flags, images, shown, difference", [
