@@ -50,8 +50,7 @@ def build_parser():
         help="hold out this share of the training classes: MAP@R among them chooses the epoch, and "
         "the test images are looked at once, at the end")  # fmt: skip
     add("--fold", type=at_least(0), help="which fold of the sorted classes to hold out, from 0")
-    add("--patience", type=at_least(1), metavar="EPOCHS",
-        help="stop after so many epochs without a better validation MAP@R")  # fmt: skip
+    add("--patience", type=at_least(1), help="end after so many epochs without a better MAP@R")
     add("--IPC", type=at_least(1), help="balanced batches: images per class; by default any")
     add("--cache", default="none", choices=["none", "ram", "gpu"],
         help="keep decoded images in memory; gpu: the device's, cropped there")  # fmt: skip
