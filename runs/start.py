@@ -165,7 +165,7 @@ def describe_process(argv, device):
     versions = {"ddml": VERSION, "python": platform.python_version(), "torch": torch.__version__}
     return {
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no", "*.py")),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no", ":/*.py")),
         "command": shlex.join(["python", "train.py", *argv]),
         "versions": versions | {name: version(name) for name in packages},
         "device": device_name(device),

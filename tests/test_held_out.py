@@ -2,14 +2,17 @@
 
 import json
 import shlex
+import subprocess
 
 import pytest
+import torch
 
 import compare
 import evaluate
 import train
 from dataset.images import ImageSet
 from retrieval.metrics import precision_at_r
+from runs import start
 from runs.checks import hold_out
 from runs.results import remarks_on, results_of
 from tests.conftest import TINY, checkpoint_of, fails, make_cub, make_folder, metrics, run_folder
@@ -141,6 +144,30 @@ def test_random_weights_that_are_held_still_are_warned_of(cub, capsys):
 def test_a_bad_way_to_choose_ends_in_one_line(cub, here, capsys, flags, line):
     assert line in fails(TINY + flags, capsys)
     assert not (here / "logs").exists()
+
+
+def test_a_changed_python_file_anywhere_in_the_repository_is_told_and_a_changed_readme_is_not(
+    here, monkeypatch
+):
+    (here / "runs").mkdir()
+    for name in ("losses.py", "README.md", "runs/start.py"):
+        (here / name).write_text("as committed")
+    author = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], check=True)
+    monkeypatch.setattr(start, "__file__", str(here / "runs/start.py"))
+
+    def changed():
+        start.git.cache_clear()
+        return start.describe_process([], torch.device("cpu"))["uncommitted_changes"]
+
+    try:
+        (here / "README.md").write_text("other rows")
+        assert not changed()
+        (here / "losses.py").write_text("another loss")
+        assert changed()
+    finally:
+        start.git.cache_clear()
 
 
 def test_a_fold_of_one_class_is_refused_where_another_has_two(here, capsys):
