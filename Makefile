@@ -14,7 +14,7 @@ demo: install  ## draw a small data set, train on it for about two minutes, eval
 	.venv/bin/python evaluate.py --resume $(DEMO_RUN)/demo_bn_inception_last.pth
 	@echo "One run this small cannot tell DDML from the plain loss: docs/evidence.md has what was measured."
 
-paper: install  ## the three published commands, with and without DDML, three seeds: README's rows
+paper: install  ## the three published commands, with and without DDML, three seeds: docs/reproduction.md's rows
 	.venv/bin/python -m benchmarks.paper
 
 test: install  ## the whole test suite: no network, no GPU, about five minutes on two cores

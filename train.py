@@ -1,6 +1,6 @@
 """Train an embedding network with a metric loss and DDML; Recall@K after every epoch.
 
-The flags are the published script's; README.md has its three commands.
+The flags are the published script's; README.md and docs/reproduction.md have its three commands.
 """
 
 from functools import partial

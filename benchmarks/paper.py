@@ -1,7 +1,7 @@
 """The paper's tables, trained here: make paper
 
 Trains the three published commands with DDML and without it, three seeds each, through sweep.py,
-and writes README's "measured here" rows. What is finished is not trained again.
+and writes the "measured here" rows of docs/reproduction.md. What is finished is not trained again.
 """
 
 import shlex
@@ -22,7 +22,7 @@ from utils import UserError, run
 ROOT = Path(__file__).parent.parent
 SHARED = ("--gpu-id 0 --loss Proxy_Anchor --model bn_inception --embedding-size 512 "
           "--batch-size 180 --warm 1 --al 1.0")  # fmt: skip
-PUBLISHED = {  # data set: (README's name of it, what its command adds)
+PUBLISHED = {  # data set: (the page's name of it, what its command adds)
     "cub": ("CUB", "--lr 1e-4 --bn-freeze 1 --lr-decay-step 10 --be 0.1 --gam 0.00001"),
     "cars": ("Cars", "--lr 1e-4 --bn-freeze 1 --lr-decay-step 20 --be 0.1 --gam 0.001"),
     "SOP": ("SOP", "--lr 6e-4 --bn-freeze 0 --lr-decay-step 20 --lr-decay-gamma 0.25 --be 1.0 "
@@ -36,7 +36,7 @@ def build_parser():
     add = parser.add_argument
     add("--data-root", default="./data", metavar="DIR", help="folder of the data sets")
     add("--seeds", default=3, type=at_least(1), help="how many, from 1")
-    add("--readme", default=ROOT / "README.md", type=Path, help="the file whose rows are written")
+    add("--page", default=ROOT / "docs/reproduction.md", type=Path, help="whose rows are written")
     add("--dry-run", action="store_true", help="say what is there and what will be run")
     return parser
 
@@ -105,13 +105,13 @@ def facts(name, settings):
     return line
 
 
-def write_rows(readme, title, settings, name):
+def write_rows(page, title, settings, name):
     """Replace the "measured here" rows of the table that begins with `title`, and the line below
     the table that says what they were measured with."""
-    lines, header = readme.read_text().splitlines(), f"| {title} |"
+    lines, header = page.read_text().splitlines(), f"| {title} |"
     starts = [number for number, line in enumerate(lines) if line.startswith(header)]
     if not starts:
-        raise UserError(f"{readme}: has no table that begins with {header}")
+        raise UserError(f"{page}: has no table that begins with {header}")
     start = starts[0]
     end = next((i for i in range(start, len(lines)) if not lines[i].startswith("|")), len(lines))
     metrics = [cell.strip() for cell in lines[start].split("|")[2:-1]]
@@ -121,7 +121,7 @@ def write_rows(readme, title, settings, name):
     if after[1:2] and after[1].startswith("Measured here: "):
         after = after[2:]
     lines = [*lines[:start], *kept, *rows, "", facts(name, settings), *after]
-    write_atomically(readme.resolve(), "\n".join([*lines, ""]).encode())
+    write_atomically(page.resolve(), "\n".join([*lines, ""]).encode())
 
 
 def main(argv=None):
@@ -146,13 +146,13 @@ def main(argv=None):
         failed += sweep.complete(runs, environments(None), name)
         settings, left_out = gather(each.folder for each in runs)
         if [len(setting.rows) for setting in settings] != [args.seeds, args.seeds]:
-            print(f"{name}: README's rows wait until all runs are finished", *left_out, sep="\n")
+            print(f"{name}: the rows wait until all runs are finished", *left_out, sep="\n")
             continue
         if settings[0].images != settings[1].images:
-            print(f"{name}: README's rows are not written: some runs are of other images")
+            print(f"{name}: the rows are not written: some runs are of other images")
             continue
-        write_rows(args.readme, PUBLISHED[name][0], settings, name)
-        print(f"{args.readme}: wrote the measured rows of {name}")
+        write_rows(args.page, PUBLISHED[name][0], settings, name)
+        print(f"{args.page}: wrote the measured rows of {name}")
     for line in failed:
         print(f"failed: {line}")
     return int(bool(failed))

@@ -1,4 +1,4 @@
-"""make paper: the published commands, and README's measured rows."""
+"""make paper: the published commands, and the measured rows of docs/reproduction.md."""
 
 import re
 import shlex
@@ -16,14 +16,15 @@ from runs.gather import by_seed, gather
 from tests.conftest import ROOT, fails, make_cars, make_cub, make_sop, write_image
 from utils import UserError
 
+PAGE = ROOT / "docs/reproduction.md"
 TINY = ("--model toy --weights none --image-size 32 --batch-size 8 --embedding-size 8 --epochs 1 "
         "--workers 0 --wandb disabled --quiet")  # fmt: skip
 
 
 @pytest.fixture
 def copy(here, monkeypatch):
-    """A copy of README.md and of the data sets; sweeps train in this process."""
-    shutil.copy(ROOT / "README.md", here)
+    """A copy of docs/reproduction.md and of the data sets; sweeps train in this process."""
+    shutil.copy(PAGE, here)
     for make in (make_cub, make_cars, make_sop):
         make(here / "data")
 
@@ -37,15 +38,15 @@ def copy(here, monkeypatch):
 
 
 def rows_in(text, name):
-    """The rows of README's table of a data set, below its header, and the line after it."""
+    """The rows of the page's table of a data set, below its header, and the line after it."""
     table, after = re.search(rf"^\| {name} \|.*\n\|[-|]*\n((?:\|.*\n)+)\n(.*)", text, re.M).groups()
     return [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()], after
 
 
 def test_the_measured_rows_are_written_from_the_runs_and_again_are_the_same(copy, capsys):
-    command = shlex.split(f"--seeds 2 --readme README.md -- {TINY}")
+    command = shlex.split(f"--seeds 2 --page reproduction.md -- {TINY}")
     assert paper.main(command) == 0
-    text = (copy / "README.md").read_text()
+    text = (copy / "reproduction.md").read_text()
     for name, folder in (("CUB", "cub"), ("Cars", "cars"), ("SOP", "SOP")):
         rows, after = rows_in(text, name)
         settings, _ = gather([f"logs/logs_{folder}"])
@@ -56,14 +57,14 @@ def test_the_measured_rows_are_written_from_the_runs_and_again_are_the_same(copy
         assert rows[2][1].startswith(f"{last:.1f} ± ")
         assert re.match(r"Measured here: seeds 1, 2; commit \w{7}.*cpu .*Not the published", after)
     untouched = [line for line in text.splitlines() if "easured here" not in line]
-    before = (ROOT / "README.md").read_text().splitlines()
+    before = PAGE.read_text().splitlines()
     assert [line for line in untouched if line] == [
         line for line in before if line and "easured here" not in line
     ]
     for folder in copy.glob("logs/*/*"):
         shutil.rmtree(folder)
     assert paper.main(command) == 0
-    assert (copy / "README.md").read_text() == text
+    assert (copy / "reproduction.md").read_text() == text
 
 
 def test_what_is_missing_is_named_with_how_to_get_it_and_the_rest_is_to_be_run(copy, capsys):
@@ -85,23 +86,23 @@ def test_what_is_missing_is_named_with_how_to_get_it_and_the_rest_is_to_be_run(c
 
 
 def test_real_runs_become_rows_and_runs_of_other_images_do_not(here, monkeypatch, capsys):
-    shutil.copy(ROOT / "README.md", here)
+    shutil.copy(PAGE, here)
     make_cub(here / "data")
     monkeypatch.setattr(jobs, "TRAIN", [sys.executable, "-m", "tests.toy", "train.py"])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    command = shlex.split(f"--seeds 1 --readme README.md -- {TINY}")
+    command = shlex.split(f"--seeds 1 --page reproduction.md -- {TINY}")
     assert paper.main(command) == 0
-    rows, _ = rows_in((here / "README.md").read_text(), "CUB")
+    rows, _ = rows_in((here / "reproduction.md").read_text(), "CUB")
     assert len(rows) == 5 and rows[4][0] == "measured here: Proxy-Anchor alone, last epoch"
     write_image(here / "data/CUB_200_2011/images/101.Bird_2/Bird_0000.jpg", seed=7)
     assert "holds a run of other images than" in fails(shlex.join(command), capsys, paper.main)
 
 
-def test_its_commands_are_readmes():
-    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+def test_its_commands_are_those_of_the_documentation():
+    text = "".join(page.read_text() for page in (ROOT / "README.md", PAGE)).replace("\\\n", " ")
     parser = train.build_parser()
     published = re.findall(r"^python train.py (.*--dataset (?:cub|car|SOP) .*--disent True.*)$",
-                           readme, re.M)  # fmt: skip
+                           text, re.M)  # fmt: skip
     ours = [paper.training_flags(name, "./data", ["--disent=True"]) for name in paper.PUBLISHED]
     assert [parser.parse_args(flags) for flags in ours] == [
         parser.parse_args(shlex.split(command)) for command in published

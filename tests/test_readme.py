@@ -1,4 +1,4 @@
-"""What the README shows is run."""
+"""What README and docs/ show is run."""
 
 import re
 import runpy
@@ -9,17 +9,23 @@ import numpy as np
 import pytest
 import torch
 
+import compare
 import dataset
 import evaluate
 import search
+import sweep
 import train
 from dataset import demo
 from loading.loader import Loading, batches, test_loader
 from tests.conftest import ROOT, TINY, checkpoint_of, make_folder, run_folder
 
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+SCRIPTS = (train, evaluate, search, compare, sweep)
+
 
 def python_blocks():
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    text = "".join(page.read_text() for page in PAGES)
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
 
 
 def test_the_python_block_embeds_an_image_of_the_demo(here, monkeypatch):
@@ -94,9 +100,39 @@ def test_make_alone_lists_what_there_is():
 
 
 def test_every_file_that_the_documentation_names_is_there():
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+    pages = [*PAGES, ROOT / "CONTRIBUTING.md", *ROOT.glob("benchmarks/*.md")]
     text = "".join(page.read_text() for page in pages)
     named = re.findall(r"`([\w/]+\.(?:py|md)|LICENSE)`", text)
     assert len(named) > 10
     missing = [name for name in named if not (ROOT / name).exists()]
     assert [name for name in missing if not (ROOT / "tests" / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md"],
+                         ids=lambda page: page.stem)  # fmt: skip
+def test_links_lead_to_a_file_and_to_a_heading(page):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M) if anchor else [anchor]
+        assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
+
+
+def test_readme_links_to_every_page():
+    readme = (ROOT / "README.md").read_text()
+    assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme] == []
+
+
+def test_the_flags_of_every_command_shown_are_known():
+    text = "".join(page.read_text() for page in PAGES).replace("\\\n", " ")
+    shown = re.findall(r"^(?:python|torchrun .*?\d) (\w+)\.py(.*)$", text, re.M)
+    inline = " ".join(text.split("\n"))
+    shown += re.findall(r"`(?:python|torchrun .*?\d) (\w+)\.py([^`]*)`", inline)
+    assert len(shown) > 15
+    known = {script.__name__: script.build_parser()._option_string_actions for script in SCRIPTS}
+    for script, flags in shown:
+        own, _, of_train = flags.partition(" -- ")
+        for part, actions in ((own, known[script]), (of_train, known["train"])):
+            used = re.findall(r"(?<!\S)(--[\w-]+)", part)
+            assert [flag for flag in used if flag not in actions] == [], f"{script}.py{flags}"

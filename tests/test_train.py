@@ -33,8 +33,9 @@ SMALL = "--epochs 2 --weights none --image-size 32 --batch-size 16"
 
 
 def published_commands():
-    """The commands of the README, by data set."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    """The commands of README and docs/reproduction.md, by data set."""
+    pages = (ROOT / "README.md", ROOT / "docs/reproduction.md")
+    text = "".join(page.read_text() for page in pages).replace("\\\n", " ")
     commands = re.findall(r"^python train\.py (.*--loss Proxy_Anchor.*--gam.*)$", text, re.M)
     return {re.search(r"--dataset (\w+)", command)[1]: command for command in commands}
 
