@@ -32,9 +32,16 @@ from utils import UserError, run, say, set_precision
 
 OUTPUTS = ("json", "export", "page", "save_model")  # flags that name a file to write
 
+USAGE = """python evaluate.py RUN [flags]; the flags of the data and the network are the run's, so
+most evaluations need only these:
+  --metrics                       MAP@R and R-Precision too
+  --page OUT.html                 queries and their neighbours, to look at
+  --calibrate, --diagnose         how similar is similar enough; what training did to the embedding
+  --export OUT, --save-model OUT  embeddings or network, to use elsewhere"""
+
 
 def build_parser():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0], usage=USAGE)
     add = parser.add_argument
     add("checkpoint", nargs="*", help="train.py's or published ones, or run folders")
     add("--resume", metavar="CHECKPOINT", help="the same, as the published script has it")

@@ -9,17 +9,24 @@ from utils import UserError, did_you_mean
 VERSION = "0.2.0"
 PRECISIONS = {"fp32": "float32", "tf32": "TF32", "bf16": "bfloat16"}  # --precision, in words
 PRECISION_HELP = (
-    "fp32; tf32: convolutions and matrix products in TF32, those of the loss too, on GPUs; "
-    "bf16: the backbone's maps in bfloat16, all else in float32"
+    "tf32: on GPUs, convolutions and matrix products in TF32, those of the loss included; "
+    "bf16: the backbone in bfloat16, the rest in float32"
 )
-GPU_HELP = "which GPU, without torchrun; by default the first, or else the CPU; -1: the only one"
+GPU_HELP = "the GPU to use; by default the first, or the CPU where there is none; torchrun chooses"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults other than None."""
+    """One line a flag where it fits; a flag without a type of its own takes a number."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=100)
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, "") else super()._get_help_string(action)
+        unset = action.default in (None, "") or action.default is False  # a switch that is off
+        return action.help if unset else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return "BOOL" if action.type is boolean else "NUMBER"
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,18 +52,18 @@ def add_data_flags(parser, data_set, choices, batch_size):
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="cub", type=data_set, metavar="NAME", help=choices)
     add("--data-root", default="./data", metavar="DIR",
-        help="folder of the data sets, or with --dataset folder of the images")  # fmt: skip
+        help="folder of the data sets; with --dataset folder, of your own images")  # fmt: skip
     add("--background", type=colour, metavar="COLOUR",
-        help="colour under transparent pixels of your own images: a name or #rrggbb; by default "
+        help="colour under transparent pixels of your own images, a name or #rrggbb; by default "
         "white")  # fmt: skip
     add("--skip-unreadable", **SWITCH,
-        help="of one's own images, leave out those that cannot be read; they are looked for first")
-    add("--ks", nargs="+", type=at_least(1),
-        help="of Recall@K; by default the data set's published ones, or 1 2 4 8")  # fmt: skip
-    add("--metrics", **SWITCH, help="MAP@R and R-Precision beside Recall@K")
+        help="find your own images that cannot be read, name them and leave them out")  # fmt: skip
+    add("--ks", nargs="+", type=at_least(1), metavar="K",
+        help="the K of Recall@K; by default the data set's published ones, or 1 2 4 8")  # fmt: skip
+    add("--metrics", **SWITCH, help="also compute MAP@R and R-Precision")
     add("--image-size", default=224, type=at_least(1, maximum=2**12),
-        help="side of the input; tests take the centre of images of 256/224 of it")  # fmt: skip
-    add("--batch-size", default=batch_size, type=at_least(1), help="images a batch")
+        help="side of the input in pixels; tests resize to 256/224 of it and crop the centre")
+    add("--batch-size", default=batch_size, type=at_least(1), help="images in a batch")
     add("--workers", default=4, type=at_least(0), help="processes that load images")
     return add
 
@@ -65,8 +72,9 @@ def add_network_flags(parser, model, choices):
     """Flags of the network; `model`: the type of --model. Returns the group's add_argument."""
     add = parser.add_argument_group("network").add_argument
     add("--model", default="bn_inception", type=model, metavar="NAME", help=choices)
-    add("--embedding-size", default=512, type=at_least(1, maximum=2**13), help="its dimensions")
-    add("--l2-norm", default=True, type=boolean, help="L2-normalise the heads")
+    add("--embedding-size", default=512, type=at_least(1, maximum=2**13),
+        help="dimensions of the embedding")  # fmt: skip
+    add("--l2-norm", default=True, type=boolean, help="L2-normalise each head")
     add("--precision", default="fp32", choices=PRECISIONS, help=PRECISION_HELP)
     add("--gpu-id", type=at_least(-1), help=GPU_HELP)
     return add

@@ -36,36 +36,41 @@ from utils import UserError, plural, progress, run, set_precision, warn
 ROUNDING = 1e-6  # of a cosine in float32: equal images are at or above 1
 ON_PAGE = 48  # images of a group of duplicates
 
+USAGE = """python search.py RUN --gallery DIR and one of these:
+  --query A.jpg B.jpg    what is like these pictures
+  --duplicates           what the gallery has more than once
+  --save-index OUT.npz   keep the embeddings for later searches
+  --export OUT.parquet   write the embeddings in parts, for a database"""
+
 
 def build_parser():
-    parser = Parser(description=__doc__.split(":")[0])
+    parser = Parser(description=__doc__.split(":")[0], usage=USAGE)
     add = parser.add_argument
     add("checkpoint", nargs="?", help="a checkpoint, a run folder, or a folder of run folders")
-    add("--resume", metavar="CHECKPOINT", help="the same")
+    add("--resume", metavar="CHECKPOINT", help="the same as the argument")
     add("--gallery", required=True, metavar="PATH",
-        help="where to search: a folder, a .csv or .tsv list, or an index")  # fmt: skip
+        help="the images to search: a folder, a .csv or .tsv list, or an index")  # fmt: skip
     what = parser.add_mutually_exclusive_group().add_argument
-    what("--query", nargs="+", metavar="FILE", help="images to find others like")
+    what("--query", nargs="+", metavar="FILE", help="images whose neighbours are wanted")
     what("--duplicates", action="store_true",
          help="list the groups of images in the gallery that are at or above the threshold")
     what("--export", metavar="PATH",
-         help="write the gallery's embeddings in parts, PATH with .part-00000 and on before its "
-         ".parquet or .npz; run again, it writes the missing ones; torchrun shares them out")
-    add("--top", default=10, type=at_least(1), help="neighbours a query")
+         help="write the gallery's embeddings to .parquet or .npz files, named PATH with "
+         ".part-00000 and so on; a second call writes the missing ones; torchrun shares the work")
+    add("--top", default=10, type=at_least(1), help="neighbours of each query")
     add("--min-similarity", type=at_least(-1, float, 1), metavar="S",
-        help="the threshold, a cosine; by default that of evaluate.py --calibrate")  # fmt: skip
+        help="cosine from which images count as the same; by default evaluate.py --calibrate's")
     add("--save-index", metavar="PATH",
-        help="keep the gallery's embeddings in this .npz; used again, only new and changed files "
-        "are embedded")  # fmt: skip
+        help="keep the gallery's embeddings in this .npz; a second call embeds only new and "
+        "changed files")  # fmt: skip
     add("--part-size", default=10_000, type=at_least(1), help="images in a part of --export")
     add("--overwrite", action="store_true",
         help="--save-index and --export replace files of another gallery or checkpoint")
     add("--json", metavar="PATH", help="also write what is found to this file")
-    add("--page", metavar="PATH", help="also write it with pictures to this .html")
+    add("--page", metavar="PATH", help="also write what is found, with its pictures, to this .html")
     add("--background", type=colour, metavar="COLOUR",
-        help="put under what is transparent: a name or #rrggbb; by default as in training, or "
-        "white")  # fmt: skip
-    add("--batch-size", default=150, type=at_least(1), help="images a batch")
+        help="colour under transparent pixels, a name or #rrggbb; by default as in training")
+    add("--batch-size", default=150, type=at_least(1), help="images in a batch")
     add("--workers", default=4, type=at_least(0), help="processes that load images")
     add("--precision", choices=PRECISIONS, help=f"{PRECISION_HELP}; by default as in training")
     add("--gpu-id", type=at_least(-1), help=GPU_HELP)

@@ -40,62 +40,71 @@ from runs.start import left_out_before, open_run, record
 from runs.tracking import address_of, log_epoch, memory_of
 from utils import Interrupted, Stop, progress, run, say, set_precision, set_quiet, warn
 
+USAGE = """python train.py [flags]; most runs need only these:
+  --dataset NAME --data-root DIR       the images
+  --model NAME --weights NAME          the network
+  --disent True --al A --be B --gam G  DDML's terms and their weights
+  --epochs N --lr LR --batch-size N    the training
+  --resume, --overwrite                go on with a run, or replace it"""
+
 
 def build_parser():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0], usage=USAGE)
     add = add_data_flags(parser, dataset.canonical_name, dataset.CHOICES, batch_size=180)
     add("--train-on", default="train", choices=["train", "all"],
-        help="all: every class there is, to ship the network; none is left to test on")  # fmt: skip
+        help="all: train on the test classes too, to ship the network")  # fmt: skip
     add("--val-classes", type=share, metavar="SHARE",
-        help="hold out this share of the training classes: MAP@R among them chooses the epoch, and "
-        "the test images are looked at once, at the end")  # fmt: skip
-    add("--fold", type=at_least(0), help="which fold of the sorted classes to hold out, from 0")
-    add("--patience", type=at_least(1), help="end after so many epochs without a better MAP@R")
-    add("--IPC", type=at_least(1), help="balanced batches: images per class; by default any")
+        help="hold out this share of the training classes; their MAP@R chooses the epoch, and the "
+        "test images are evaluated once, at the end")  # fmt: skip
+    add("--fold", type=at_least(0), help="the fold of the sorted classes to hold out, from 0")
+    add("--patience", type=at_least(1), help="stop after this many epochs without a better MAP@R")
+    add("--IPC", type=at_least(1), help="images of each class in a batch; by default any")
     add("--cache", default="none", choices=["none", "ram", "gpu"],
-        help="keep decoded images in memory; gpu: the device's, cropped there")  # fmt: skip
+        help="keep decoded images in this memory; gpu: crop them there too")  # fmt: skip
 
     add = add_network_flags(parser, model_name, CHOICES)
-    add("--weights", default="imagenet", help="imagenet, none, or a checkpoint's path")
+    add("--weights", default="imagenet", metavar="NAME",
+        help="imagenet, none, or a checkpoint's path")  # fmt: skip
     add("--compile", default=False, const=True, nargs="?", type=compile_mode, metavar="MODE",
-        help="torch.compile the backbone; reduce-overhead: as CUDA graphs too")  # fmt: skip
-    add("--deterministic", **SWITCH, help="the same bits each time on CUDA too, but slower")
+        help="torch.compile the backbone; MODE reduce-overhead: with CUDA graphs")  # fmt: skip
+    add("--deterministic", **SWITCH, help="the same bits in every run on CUDA too, but slower")
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="Proxy_Anchor", choices=LOSSES, metavar="NAME", help=", ".join(LOSSES))
-    # by default the loss's own, of Proxy_Anchor 32, 0.1 and 100
-    add("--alpha", type=at_least(1e-6, float), help="scale of the loss; by default its own")
-    add("--mrg", type=at_least(0, float), help="margin of the loss; by default its own")
+    add("--alpha", type=at_least(1e-6, float),
+        help="scale of the loss; by default its own, of Proxy_Anchor 32")  # fmt: skip
+    add("--mrg", type=at_least(0, float),
+        help="margin of the loss; by default its own, of Proxy_Anchor 0.1")  # fmt: skip
     add("--proxy-lr-factor", type=at_least(0, float),
-        help="times --lr, proxies' learning rate; by default the loss's own")  # fmt: skip
+        help="learning rate of the proxies over --lr; by default its own, of Proxy_Anchor 100")
     add("--shard-proxies", **SWITCH, help="under torchrun, each process holds some of the proxies")
-    add("--disent", **SWITCH, help="DDML; adds a second head")
+    add("--disent", **SWITCH, help="DDML: add a second head and the three terms below")
     add("--al", default=0.0, type=at_least(0, float), help="DDML: weight of the agnostic term")
     add("--be", default=0.0, type=at_least(0, float), help="DDML: weight of the specific term")
     add("--gam", default=0.0, type=at_least(0, float), help="DDML: weight of the split term")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", default=60, type=at_least(1), help="passes over the training images")
-    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="updates all parameters")
+    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="of all parameters")
     add("--lr", default=1e-4, type=at_least(0, float), help="learning rate of backbone and heads")
     add("--weight-decay", default=1e-4, type=at_least(0, float), help="of all parameters")
     add("--lr-decay-step", default=10, type=at_least(1), help="epochs between decays")
-    add("--lr-decay-gamma", default=0.5, type=at_least(0, float), help="factor of a decay")
+    add("--lr-decay-gamma", default=0.5, type=at_least(0, float), help="factor of each decay")
     add("--warm", default=1, type=at_least(0), help="epochs that train only heads and proxies")
-    add("--bn-freeze", default=True, type=boolean, help="keep BatchNorm's running statistics")
+    add("--bn-freeze", default=True, type=boolean, help="keep BatchNorm's running statistics fixed")
     add("--seed", default=1, type=at_least(0, maximum=2**63), help="of all random numbers")
 
     add = parser.add_argument_group("run").add_argument
     # differs: ../logs
-    add("--LOG_DIR", default="./logs", metavar="DIR", help="run folders are made in here")
-    add("--remark", default="", type=name_part, metavar="TEXT", help="ends the run folder's name")
+    add("--LOG_DIR", default="./logs", metavar="DIR", help="folder of the run folders")
+    add("--remark", default="", type=name_part, metavar="TEXT", help="end of the run folder's name")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", nargs="?", const="", metavar="PATH",
-        help="continue the run of this folder or checkpoint; without PATH, of these flags"
+        help="continue the run of this folder or checkpoint; without PATH, the run of these flags"
     )  # fmt: skip
-    either.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
-    add("--checkpoint-every", type=at_least(1), help="steps between saves within an epoch")
-    add("--quiet", action="store_true", help="print warnings, errors and the end's results alone")
+    either.add_argument("--overwrite", action="store_true", help="replace the run in its folder")
+    add("--checkpoint-every", type=at_least(1), help="also save after this many steps of an epoch")
+    add("--quiet", action="store_true", help="print only warnings, errors and the results")
     add("--wandb", default="auto", choices=["auto", "online", "offline", "disabled"],
         help="auto: online when logged in, else offline")  # fmt: skip
     return parser
