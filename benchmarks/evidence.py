@@ -30,13 +30,13 @@ from utils import UserError, plural, run, say
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs/evidence.csv"
 HERE = {  # sized for two CPU cores
-    "characters": 400, "side": 64,
-    "common": "--image-size 64 --batch-size 90 --embedding-size 128 --lr-decay-gamma 0.25",
-    "random": "--model resnet18 --weights none --warm 0 --bn-freeze 0 --lr 6e-4 --epochs 10 "
-              "--lr-decay-step 7",
-    "pretrained": "--model timm/tf_efficientnet_lite0 --weights LITE0 --warm 1 --bn-freeze 1 "
-                  "--lr 3e-4 --epochs 6 --lr-decay-step 4",
-    "seconds": {"random": 250, "pretrained": 130},  # a run, on one quiet core
+    "characters": 700, "side": 64,
+    "common": "--batch-size 90 --embedding-size 128 --epochs 12 --lr-decay-step 8 "
+              "--lr-decay-gamma 0.25",
+    "random": "--model resnet18 --image-size 48 --weights none --warm 0 --bn-freeze 0 --lr 6e-4",
+    "pretrained": "--model timm/tf_efficientnet_lite0 --image-size 64 --weights LITE0 --warm 1 "
+                  "--bn-freeze 1 --lr 3e-4",
+    "seconds": {"random": 800, "pretrained": 450},  # a run, on one quiet core
 }  # fmt: skip
 LONG = {  # for a GPU; never run so far
     "characters": kanji.ALL, "side": 224,
@@ -101,6 +101,8 @@ def build_parser():
     add("suite", choices=SUITES, help="ablation: DDML's terms; losses: each proxy loss "
         "with DDML and without; weights: al, be and gam, chosen on held-out classes")  # fmt: skip
     add("--seeds", type=at_least(1), help="how many; by default the suite's")
+    add("--only", nargs="+", metavar="SETTING", help="these settings alone, e.g. Proxy-Anchor all")
+    add("--starts", nargs="+", choices=STARTS, default=STARTS, help="by default both")
     add("--jobs", type=at_least(1), help="runs at a time; by default one a GPU, or two")
     add("--long", action="store_true", help="224 px, bn_inception, 2,961 characters: for a GPU")
     add("--root", default="evidence", type=Path, metavar="DIR", help="for images and run folders")
@@ -126,10 +128,10 @@ def write_table(path, table):
     write_atomically(path.resolve(), text.getvalue().encode())
 
 
-def settings_of(suite, scale):
+def settings_of(suite, scale, starts=STARTS):
     """{(start, setting): flags of train.py}"""
     found = {}
-    for start in STARTS:
+    for start in starts:
         shared = f"--dataset kanji --metrics {scale['common']} {scale[start]}"
         lr = train.build_parser().parse_args(shlex.split(shared)).lr
         for setting, flags in SUITES[suite][0](lr).items():
@@ -214,8 +216,9 @@ def measure(settings, root, finished, environment):
 
 
 def cost_of(keys, table, scale, jobs):
-    """Hours, from the seconds of measured runs with the same start, else from `scale`."""
-    known = {start: [float(row["seconds"]) for row in table.values() if row["start"] == start]
+    """Hours, from the seconds of the suite's measured runs with the same start, else `scale`'s."""
+    known = {start: [float(row["seconds"]) for key, row in table.items()
+                     if any(key[:2] == (other[0], start) for other in keys)]
              for start in STARTS}  # fmt: skip
     seconds = {start: mean(known[start]) if known[start] else scale["seconds"][start]
                for start in STARTS}  # fmt: skip
@@ -240,7 +243,9 @@ def run_some(keys, settings, args, places, table):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     table, scale = read_table(args.table), LONG if args.long else HERE
-    settings, failed = settings_of(args.suite, scale), []
+    settings, failed = settings_of(args.suite, scale, args.starts), []
+    if args.only:
+        settings = {key: flags for key, flags in settings.items() if key[1] in args.only}
     places = environments(args.jobs or (None if args.long else 2))
     keys = [key for key in wanted(args, settings, table) if key not in table]
     hours = cost_of(keys, table, scale, len(places))
