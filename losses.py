@@ -1,8 +1,9 @@
 """Metric losses, and DDML (Park et al., AAAI 2025) around any of them that has proxies.
 
 B batch, C classes, d embedding size: embeddings [B, d], labels [B] in 0 .. C - 1, proxies [C, d].
-A head [B, 2d] is [mu | s]: the mean, and the raw scale of std = softplus(s - 5). ProxyAnchor and
-DDML compute in float32 or better, under autocast too. This file needs no other of the repository.
+A head [B, 2d] is [mu | s]: the mean, and the raw scale of std = softplus(s - 5). DDML expects heads
+that are L2-normalised whole, which keeps std near 0.0067. ProxyAnchor and DDML compute in float32
+or better, under autocast too. This file needs no other of the repository.
 """
 
 from collections.abc import Callable

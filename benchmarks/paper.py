@@ -1,9 +1,11 @@
 """The paper's tables, trained here: make paper
 
 Trains the three published commands with DDML and without it, three seeds each, through sweep.py,
-and writes the "measured here" rows of docs/reproduction.md. What is finished is not trained again.
+and writes the "measured here" rows of docs/reproduction.md and the table of README.md. What is
+finished is not trained again.
 """
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -36,7 +38,8 @@ def build_parser():
     add = parser.add_argument
     add("--data-root", default="./data", metavar="DIR", help="folder of the data sets")
     add("--seeds", default=3, type=at_least(1), help="how many, from 1")
-    add("--page", default=ROOT / "docs/reproduction.md", type=Path, help="whose rows are written")
+    add("--docs", default=ROOT, type=Path, metavar="DIR",
+        help="where README.md and docs/reproduction.md are, whose rows are written")  # fmt: skip
     add("--dry-run", action="store_true", help="say what is there and what will be run")
     return parser
 
@@ -124,6 +127,18 @@ def write_rows(page, title, settings, name):
     write_atomically(page.resolve(), "\n".join([*lines, ""]).encode())
 
 
+def write_summary(readme, title, settings, name):
+    """Fill the row of README's table: R@1, the paper's and ours."""
+    plain, ddml = sorted(settings, key=lambda setting: setting.flags["disent"])
+    cells = [with_spread(by_seed(setting, which, "R@1"), 1)
+             for setting, which in ((ddml, "best"), (ddml, "last"), (plain, "last"))]  # fmt: skip
+    row = f"| {' | '.join([title, str(dataset.module_of(name).PAPER['R@1']), *cells])} |"
+    text, found = re.subn(f"^\\| {title} \\|.*$", row, readme.read_text(), flags=re.M)
+    if found != 1:
+        raise UserError(f"{readme}: has no row that begins with | {title} |, or several")
+    write_atomically(readme.resolve(), text.encode())
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     at = argv.index("--") if "--" in argv else len(argv)
@@ -151,8 +166,9 @@ def main(argv=None):
         if settings[0].images != settings[1].images:
             print(f"{name}: the rows are not written: some runs are of other images")
             continue
-        write_rows(args.page, PUBLISHED[name][0], settings, name)
-        print(f"{args.page}: wrote the measured rows of {name}")
+        write_rows(args.docs / "docs/reproduction.md", PUBLISHED[name][0], settings, name)
+        write_summary(args.docs / "README.md", PUBLISHED[name][0], settings, name)
+        print(f"{args.docs}: wrote the measured rows of {name}")
     for line in failed:
         print(f"failed: {line}")
     return int(bool(failed))

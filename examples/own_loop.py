@@ -4,7 +4,7 @@ import torch
 from pytorch_metric_learning.losses import ProxyAnchorLoss
 from torchvision.models import resnet18
 
-from losses import DDML
+from losses import DDML, l2_normalize
 
 C, d = 10, 64  # training classes, embedding size
 network = resnet18(num_classes=2 * d)  # the retrieval head: columns [:d] are mu, the embedding
@@ -18,7 +18,8 @@ optimizer = torch.optim.AdamW([
 for _ in range(3):
     images, labels = torch.randn(8, 3, 64, 64), torch.randint(C, (8,))  # yours
     head = network(images)
-    loss, terms = criterion(head, specific(head), labels)
+    # each head is normalised as a whole, [mu | s]: without this, std is free and the method another
+    loss, terms = criterion(l2_normalize(head), l2_normalize(specific(head)), labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -26,4 +27,4 @@ for _ in range(3):
 
 network.eval()
 with torch.inference_mode():
-    embedding = torch.nn.functional.normalize(network(images)[:, :d])  # what retrieval compares
+    embedding = l2_normalize(network(images)[:, :d])  # what retrieval compares

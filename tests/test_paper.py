@@ -1,4 +1,4 @@
-"""make paper: the published commands, and the measured rows of docs/reproduction.md."""
+"""make paper: the published commands, and the measured rows of the documentation."""
 
 import re
 import shlex
@@ -8,6 +8,7 @@ from statistics import mean
 
 import pytest
 
+import dataset
 import sweep
 import train
 from benchmarks import paper
@@ -21,10 +22,16 @@ TINY = ("--model toy --weights none --image-size 32 --batch-size 8 --embedding-s
         "--workers 0 --wandb disabled --quiet")  # fmt: skip
 
 
+def copy_pages(here):
+    (here / "docs").mkdir()
+    shutil.copy(PAGE, here / "docs")
+    shutil.copy(ROOT / "README.md", here)
+
+
 @pytest.fixture
 def copy(here, monkeypatch):
-    """A copy of docs/reproduction.md and of the data sets; sweeps train in this process."""
-    shutil.copy(PAGE, here)
+    """A copy of the two pages and of the data sets; sweeps train in this process."""
+    copy_pages(here)
     for make in (make_cub, make_cars, make_sop):
         make(here / "data")
 
@@ -44,9 +51,9 @@ def rows_in(text, name):
 
 
 def test_the_measured_rows_are_written_from_the_runs_and_again_are_the_same(copy, capsys):
-    command = shlex.split(f"--seeds 2 --page reproduction.md -- {TINY}")
+    command = shlex.split(f"--seeds 2 --docs . -- {TINY}")
     assert paper.main(command) == 0
-    text = (copy / "reproduction.md").read_text()
+    text, readme = (copy / "docs/reproduction.md").read_text(), (copy / "README.md").read_text()
     for name, folder in (("CUB", "cub"), ("Cars", "cars"), ("SOP", "SOP")):
         rows, after = rows_in(text, name)
         settings, _ = gather([f"logs/logs_{folder}"])
@@ -55,6 +62,10 @@ def test_the_measured_rows_are_written_from_the_runs_and_again_are_the_same(copy
         assert rows[0][0] == "the paper's" and len(rows) == 6
         assert rows[2][0] == "measured here: DDML, last epoch"
         assert rows[2][1].startswith(f"{last:.1f} ± ")
+        summary = re.search(rf"^\| {name} \|(.*)\|$", readme, re.M)[1].split(" | ")
+        best = mean(by_seed(ddml, "best", "R@1").values())
+        assert summary[1].startswith(f"{best:.1f} ± ") and len(summary) == 4
+        assert float(summary[0]) == dataset.module_of(folder).PAPER["R@1"]
         assert re.match(r"Measured here: seeds 1, 2; commit \w{7}.*cpu .*Not the published", after)
     untouched = [line for line in text.splitlines() if "easured here" not in line]
     before = PAGE.read_text().splitlines()
@@ -64,7 +75,8 @@ def test_the_measured_rows_are_written_from_the_runs_and_again_are_the_same(copy
     for folder in copy.glob("logs/*/*"):
         shutil.rmtree(folder)
     assert paper.main(command) == 0
-    assert (copy / "reproduction.md").read_text() == text
+    assert (copy / "docs/reproduction.md").read_text() == text
+    assert (copy / "README.md").read_text() == readme
 
 
 def test_what_is_missing_is_named_with_how_to_get_it_and_the_rest_is_to_be_run(copy, capsys):
@@ -86,13 +98,13 @@ def test_what_is_missing_is_named_with_how_to_get_it_and_the_rest_is_to_be_run(c
 
 
 def test_real_runs_become_rows_and_runs_of_other_images_do_not(here, monkeypatch, capsys):
-    shutil.copy(PAGE, here)
+    copy_pages(here)
     make_cub(here / "data")
     monkeypatch.setattr(jobs, "TRAIN", [sys.executable, "-m", "tests.toy", "train.py"])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    command = shlex.split(f"--seeds 1 --page reproduction.md -- {TINY}")
+    command = shlex.split(f"--seeds 1 --docs . -- {TINY}")
     assert paper.main(command) == 0
-    rows, _ = rows_in((here / "reproduction.md").read_text(), "CUB")
+    rows, _ = rows_in((here / "docs/reproduction.md").read_text(), "CUB")
     assert len(rows) == 5 and rows[4][0] == "measured here: Proxy-Anchor alone, last epoch"
     write_image(here / "data/CUB_200_2011/images/101.Bird_2/Bird_0000.jpg", seed=7)
     assert "holds a run of other images than" in fails(shlex.join(command), capsys, paper.main)

@@ -17,9 +17,13 @@ import sweep
 import train
 from dataset import demo
 from loading.loader import Loading, batches, test_loader
+from losses import DDML
 from tests.conftest import ROOT, TINY, checkpoint_of, make_folder, run_folder
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+TINY_NETWORK = (
+    "--model toy --weights none --image-size 32 --embedding-size 8 --epochs 1 --wandb disabled"
+)
 SCRIPTS = (train, evaluate, search, compare, sweep)
 
 
@@ -49,26 +53,39 @@ def test_the_python_block_embeds_an_image_of_the_demo(here, monkeypatch):
     torch.testing.assert_close(names["embedding"], first, rtol=1e-4, atol=1e-5)
 
 
-def test_the_example_runs(capsys):
+def test_the_example_runs_and_normalises_each_head_as_a_whole(capsys, monkeypatch):
+    lengths, forward = [], DDML.forward
+
+    def recording(self, *heads_and_labels):
+        lengths.extend(head.norm(dim=1) for head in heads_and_labels[:2])
+        return forward(self, *heads_and_labels)
+
+    monkeypatch.setattr(DDML, "forward", recording)
     runpy.run_module("examples.own_loop", run_name="__main__")
     assert capsys.readouterr().out.count("agnostic") == 3
+    torch.testing.assert_close(torch.stack(lengths), torch.ones(6, 8))
 
 
 def test_a_folder_of_ones_own_trains_evaluates_and_is_searched_with_the_commands_shown(
     here, capsys
 ):
     make_folder(here / "photos", per_class=40)
-    text = (ROOT / "README.md").read_text()
-    first = re.search(r"^python train.py (--dataset folder .*)$", text, re.M)[1]
-    second = re.search(r"^python evaluate.py (logs/logs_folder)$", text, re.M)[1]
-    tiny = "--model toy --weights none --image-size 32 --embedding-size 8 --epochs 1"
-    train.main(shlex.split(f"{first} {tiny} --workers 0 --wandb disabled"))
-    evaluate.main([second, "--workers", "0"])
-    assert f"written last, {run_folder(here).name}\n" in capsys.readouterr().out
-    third = re.search(r"^python search.py (.*)$", text, re.M)[1]
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    block = re.search(r"^```\npython train.py --dataset folder .*?^```", text, re.M | re.S)[0]
+    commands = [(script, shlex.split(flags, comments=True))
+                for script, flags in re.findall(r"^python (\w+)\.py (.*)$", block, re.M)]
+    assert [script for script, _ in commands] == [
+        "train", "evaluate", "evaluate", "search", "evaluate"
+    ]  # fmt: skip
     next((here / "photos").glob("*/*")).rename("A.jpg")
-    search.main([*shlex.split(third), "--workers", "0"])
+    mains = {script.__name__: script.main for script in SCRIPTS}
+    for script, flags in commands:
+        tiny = TINY_NETWORK if script == "train" else ""
+        mains[script]([*flags, *tiny.split(), "--workers", "0"])
+    said = capsys.readouterr().out
+    assert f"written last, {run_folder(here).name}\n" in said and "\nthreshold " in said
     assert (here / "found.html").stat().st_size > 10_000
+    assert (here / "network.pt2").exists()
 
 
 def test_the_export_is_searched_in_a_vector_database(here):
@@ -119,8 +136,9 @@ def test_links_lead_to_a_file_and_to_a_heading(page):
         assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
 
 
-def test_readme_links_to_every_page():
+def test_readme_is_read_in_one_sitting_and_links_to_every_page():
     readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 170
     assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme] == []
 
 
