@@ -3,7 +3,9 @@
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -18,11 +20,22 @@ import train
 from dataset import demo
 from loading.loader import Loading, batches, test_loader
 from losses import DDML
-from tests.conftest import ROOT, TINY, checkpoint_of, make_folder, run_folder
+from tests.conftest import (
+    ROOT,
+    TINY,
+    checkpoint_of,
+    make_cars,
+    make_cub,
+    make_folder,
+    make_sop,
+    run_folder,
+)
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-TINY_NETWORK = (
-    "--model toy --weights none --image-size 32 --embedding-size 8 --epochs 1 --wandb disabled"
+NO_WORKERS = "--workers 0"
+TINY_TRAINING = (
+    "--model toy --weights none --image-size 32 --batch-size 8 --embedding-size 8 --epochs 1 "
+    "--workers 0 --wandb disabled"
 )
 SCRIPTS = (train, evaluate, search, compare, sweep)
 
@@ -66,24 +79,44 @@ def test_the_example_runs_and_normalises_each_head_as_a_whole(capsys, monkeypatc
     torch.testing.assert_close(torch.stack(lengths), torch.ones(6, 8))
 
 
-def test_a_folder_of_ones_own_trains_evaluates_and_is_searched_with_the_commands_shown(
-    here, capsys
-):
+def commands_of(page):
+    """[[word]] of the fenced blocks, without pip and what says in its comment what it needs."""
+    blocks = re.findall(r"^```\n(.*?)^```", page.read_text(), re.M | re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [line for line in lines if re.match("python|torchrun|make|pip|wandb", line)]
+    return [shlex.split(line, comments=True)
+            for line in commands if not re.search("^pip |# needs ", line)]
+
+
+def run_as_shown(program, *flags):
+    """Run it in this process with a tiny network, without training what sweep.py would."""
+    if program == "make":
+        assert re.search(f"^{flags[0]}:", (ROOT / "Makefile").read_text(), re.M)
+        return
+    assert program == "python"
+    name, *flags = flags if flags[0] != "-m" else flags[1:]
+    if name.startswith("benchmarks."):
+        assert (ROOT / f"{name.replace('.', '/')}.py").exists()
+        return
+    extra = {"train.py": TINY_TRAINING, "evaluate.py": NO_WORKERS, "search.py": NO_WORKERS}
+    if name == "sweep.py":
+        flags.insert(0, "--dry-run")
+    flags = [*flags, *extra.get(name, "").split()]
+    assert not import_module(name.removesuffix(".py")).main(flags)
+
+
+def test_every_command_shown_runs_as_it_stands_or_says_what_it_needs(here, capsys):
     make_folder(here / "photos", per_class=40)
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    block = re.search(r"^```\npython train.py --dataset folder .*?^```", text, re.M | re.S)[0]
-    commands = [(script, shlex.split(flags, comments=True))
-                for script, flags in re.findall(r"^python (\w+)\.py (.*)$", block, re.M)]
-    assert [script for script, _ in commands] == [
-        "train", "evaluate", "evaluate", "search", "evaluate"
-    ]  # fmt: skip
-    next((here / "photos").glob("*/*")).rename("A.jpg")
-    mains = {script.__name__: script.main for script in SCRIPTS}
-    for script, flags in commands:
-        tiny = TINY_NETWORK if script == "train" else ""
-        mains[script]([*flags, *tiny.split(), "--workers", "0"])
+    shutil.copy(next((here / "photos").glob("*/*.jpg")), "A.jpg")
+    make_cub(here / "data", classes=16)
+    make_cars(here / "data")
+    make_sop(here / "data")
+    for page in PAGES:
+        for command in commands_of(page):
+            print(*command)
+            run_as_shown(*command)
     said = capsys.readouterr().out
-    assert f"written last, {run_folder(here).name}\n" in said and "\nthreshold " in said
+    assert said.count("python train.py") > 4 and "\nthreshold " in said
     assert (here / "found.html").stat().st_size > 10_000
     assert (here / "network.pt2").exists()
 
