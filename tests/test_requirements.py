@@ -1,8 +1,11 @@
-"""requirements.lock: one tested version of each requirement."""
+"""What says which versions: requirements.lock, CHANGELOG.md, CITATION.cff."""
+
+import re
 
 import pytest
 from packaging.requirements import Requirement
 
+from flags import VERSION
 from tests.conftest import ROOT
 
 
@@ -20,3 +23,9 @@ def test_the_lock_pins_one_version_of_each_requirement_which_satisfies_it(python
     for pin in pins:
         (exact,) = pin.specifier
         assert exact.operator == "==" and exact.version in wanted[pin.name], pin
+
+
+def test_the_changes_and_the_citation_are_of_this_version():
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
+    versions = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert versions[0] == VERSION
