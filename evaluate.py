@@ -25,7 +25,7 @@ from runs.diagnosis import diagnose_checkpoint
 from runs.findings import check_findings, show_finding
 from runs.finish import draw_curves
 from runs.results import remarks_on_images, results_of
-from runs.sources import network_of, resolve_flags
+from runs.sources import NOT_OF_THE_RUN, network_of, resolve_flags
 from runs.start import facts_of
 from storage import require_format, require_writable, write_atomically, write_json
 from utils import UserError, run, say, set_precision
@@ -65,6 +65,9 @@ def build_parser():
         help="also write the network to this .onnx or .pt2: pixels in, embeddings out")  # fmt: skip
     add_data_flags(parser, dataset.canonical_name, dataset.CHOICES, batch_size=150)
     add_network_flags(parser, model_name, CHOICES)
+    for action in parser._actions:  # else --help would name train.py's defaults
+        if action.default and action.dest not in NOT_OF_THE_RUN:
+            action.help += " (default: the run's, else %(default)s)"
     return parser
 
 

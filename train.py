@@ -103,6 +103,8 @@ def build_parser():
         help="continue the run of this folder or checkpoint; without PATH, the run of these flags"
     )  # fmt: skip
     either.add_argument("--overwrite", action="store_true", help="replace the run in its folder")
+    add("--keep", default="all", choices=["all", "best"],
+        help="best: delete at the end what only continues the run")  # fmt: skip
     add("--checkpoint-every", type=at_least(1), help="also save after this many steps of an epoch")
     add("--quiet", action="store_true", help="print only warnings, errors and the results")
     add("--wandb", default="auto", choices=["auto", "online", "offline", "disabled"],

@@ -21,7 +21,7 @@ PARTS = {"model_state_dict", "criterion_state_dict", "optimizer_state_dict",
          "scheduler_state_dict", "partial", "args", "history", "images"}  # fmt: skip
 # Flags that do not change what is computed, and may differ when a run is continued.
 FREE_ON_RESUME = {"epochs", "metrics", "workers", "cache", "gpu_id", "data_root", "LOG_DIR",
-                  "quiet", "wandb", "resume", "overwrite", "checkpoint_every",
+                  "quiet", "wandb", "resume", "overwrite", "checkpoint_every", "keep",
                   "shard_proxies", "skip_unreadable"}  # fmt: skip
 
 

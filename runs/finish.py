@@ -62,6 +62,8 @@ def finish(run_folder, training, images, retrieved, tested, wandb_run):
         if wandb_run:
             log_picture(wandb_run, draw_neighbours(test, *nearest))
     write_atomically(run_folder.curves, curves)
+    if training.args.keep == "best" and run_folder.best.exists():
+        run_folder.last.unlink()
     return results
 
 

@@ -142,6 +142,9 @@ class RunFolder:
             if path != self.last and self.last.exists():
                 os.replace(self.last, f"{self.last}.damaged")  # else it would become `previous`
             return path, checkpoint
+        if self.curves.exists() and not self.last.exists():
+            raise UserError(f"{self.folder} is finished, and --keep best has deleted what "
+                            "continues it; --overwrite trains it again")  # fmt: skip
         if self.in_use():
             raise UserError(f"--resume: no checkpoint in {self.folder} can be continued; --weights "
                             "PATH starts a new run from the network of any other")  # fmt: skip

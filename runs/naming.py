@@ -49,7 +49,8 @@ def run_folder_path(args, parser):
     if args.seed != 1:
         parts.append(f"seed{args.seed}")
     folder = f"logs_{dataset.title(args.dataset)}"
-    return Path(args.LOG_DIR, folder, "_".join(parts) + args.remark)
+    parts += [args.remark.removeprefix("_")] if args.remark else []
+    return Path(args.LOG_DIR, folder, "_".join(parts))
 
 
 def unusual(chosen, usual, names):

@@ -9,6 +9,8 @@ from runs.folder import checkpoint_in
 from storage import read_checkpoint
 from utils import UserError, say
 
+NOT_OF_THE_RUN = {"checkpoint", "resume", "gpu_id", "workers", "remark", "version", "help"}
+
 
 def resolve_flags(parser, argv, outputs):
     """[(flags, checkpoint)] of each that is named; all must be of one data set. `outputs`: flags
@@ -42,7 +44,7 @@ def read_source(parser, given, path, outputs):
         raise UserError(f"{path}: trained on all classes of {theirs['dataset']}, so that none are "
                         "left to test it on; name another data set with --dataset, or, for its "
                         "exports, its own with --data-root")  # fmt: skip
-    unused = {*outputs, "checkpoint", "resume", "gpu_id", "workers", "remark"}
+    unused = NOT_OF_THE_RUN | {*outputs}
     if given.get("dataset", theirs.get("dataset")) != theirs.get("dataset"):
         unused |= {"ks", "data_root", "skip_unreadable"}
         if not dataset.own_flag(given["dataset"]):

@@ -119,6 +119,10 @@ def test_every_command_shown_runs_as_it_stands_or_says_what_it_needs(here, capsy
     assert said.count("python train.py") > 4 and "\nthreshold " in said
     assert (here / "found.html").stat().st_size > 10_000
     assert (here / "network.pt2").exists()
+    made = {file.name + "/" * file.is_dir() for file in here.iterdir()} - {"A.jpg"}
+    command = ["git", "check-ignore", *sorted(made)]
+    ignored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert made == set(ignored.split())
 
 
 def test_the_export_is_searched_in_a_vector_database(here):

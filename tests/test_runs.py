@@ -1,6 +1,7 @@
 """Which folder a run is in, what continues it, what it keeps on the disk, and how it ends."""
 
 import json
+import re
 import runpy
 import shlex
 import shutil
@@ -58,6 +59,7 @@ PLAIN = "al0.0_be0.0_gam0.0_adamw_lr0.0001_batch180"
     ("--alpha 16 --warm 0 --image-size 96", f"{PLAIN}_alpha16_size96_warm0"),
     ("--weights /some/net.pth --IPC 4 --ks 1 5 --seed 3 --remark _x",
      f"{PLAIN}_IPC4_ks1-5_weightsnet.pth_seed3_x"),
+    ("--remark x", f"{PLAIN}_x"),
     ("--ks 32 1 2 4 8 16", PLAIN),
     ("--al 1 --be 1", PLAIN),  # without --disent they weigh nothing
     ("--disent True", f"{PLAIN}_disent"),
@@ -296,6 +298,15 @@ def test_a_gpu_that_is_not_there_is_an_error_and_without_any_gpu_0_a_warning_if_
         utils.choose_device(3)
 
 
+def test_keep_best_leaves_what_evaluates_alone_and_says_so_to_resume(here, capsys):
+    make_cub(here / "data")
+    train.main(shlex.split(TINY + "--keep best"))
+    assert [file.name for file in run_folder(here).glob("*.pth")] == ["cub_toy_best.pth"]
+    evaluate.main([str(run_folder(here)), "--workers", "0"])
+    with pytest.raises(utils.UserError, match="is finished, and --keep best has deleted"):
+        train.main(shlex.split(TINY + "--resume"))
+
+
 def test_ddml_with_weights_of_zero_is_warned_of(here, capsys):
     make_cub(here / "data")
     train.main(shlex.split(TINY + "--al 0 --be 0 --gam 0"))
@@ -306,13 +317,14 @@ def test_ddml_with_weights_of_zero_is_warned_of(here, capsys):
 @pytest.mark.parametrize("script", [train, evaluate, search, compare, sweep])
 def test_help_fits_a_terminal_and_says_what_every_flag_is_and_its_default(script):
     parser = script.build_parser()
-    text = parser.format_help()
-    assert max(map(len, text.splitlines())) <= 100
+    lines = parser.format_help().splitlines()
+    assert max(map(len, lines)) <= 100
+    text = " ".join(" ".join(lines).split())
     for action in parser._actions:
         assert action.help
         off = action.default is False or action.default in (None, "", "==SUPPRESS==")
         if not off and action.dest != "version":
-            assert f"(default: {action.default})" in " ".join(text.split())
+            assert re.search(rf"\(default: (the run's, else )?{action.default}\)", text)
 
 
 @pytest.mark.filterwarnings("ignore:'dataset.check' found in sys.modules")
