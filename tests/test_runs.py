@@ -158,6 +158,13 @@ def test_a_finished_run_has_its_curves_as_a_picture(here, monkeypatch, flags):
         assert all(edge == (255, 255) for edge in edges)  # nothing is cut
 
 
+def test_the_curves_of_one_epoch_have_one_tick(run, monkeypatch):
+    monkeypatch.setattr(finish, "png_of", lambda figure, dpi: figure)
+    for axes in draw_curves(metrics(run)).axes:
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low < tick < high] == [0]
+
+
 def test_a_best_checkpoint_alone_starts_a_run_but_is_not_continued(here, run, capsys):
     best = shutil.copy(checkpoint_of(run, "best"), here / "net.pth")
     assert "evaluate.py takes it" in fails(f"--resume {best}", capsys)
