@@ -35,7 +35,7 @@ from runs.checks import check_batches, check_flags, hold_out
 from runs.finish import finish, test_once
 from runs.report import announce, conclude, say_epoch, say_start
 from runs.results import Epoch, is_finished, result_of, with_prefix
-from runs.safety import after_step, early_end
+from runs.safety import after_step, before_evaluation, early_end
 from runs.start import left_out_before, open_run, record
 from runs.tracking import address_of, log_epoch, memory_of
 from utils import Interrupted, Stop, progress, run, say, set_precision, set_quiet, warn
@@ -164,7 +164,7 @@ def evaluate_start(training, evaluate_unseen):
 
 
 def run_epoch(training, loader, evaluate_unseen, run_folder, stop):
-    """Train what is left of the epoch, save, evaluate, save. Returns what was retrieved."""
+    """Train what is left of the epoch, evaluate, save. Returns what was retrieved."""
     args, model, epoch = training.args, training.model, training.epoch
     prepare_epoch(model, epoch.number, args.warm, args.bn_freeze)
     if args.compile and epoch.number == args.warm:
@@ -186,7 +186,7 @@ def run_epoch(training, loader, evaluate_unseen, run_folder, stop):
         epoch.tick("step")  # on a GPU the steps that are queued end with the fetch
         retrieved = None
         if evaluate_unseen:
-            save(training, run_folder)  # evaluating takes long enough to be interrupted
+            before_evaluation(training, run_folder)
             # one rank would stop at another batch than the others
             retrieved = evaluate_unseen(watch=stop.between if world_size() == 1 else iter)
     except (Interrupted, UnreadableImage, torch.OutOfMemoryError) as error:

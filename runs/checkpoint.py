@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from collections import defaultdict
 
 import torch
 from torch.nn.utils import get_total_norm
@@ -54,8 +55,27 @@ def capture(training, partial=None):
         "trained_on": training.trained_on,
     }
     if rank() == 0:
-        checkpoint = tree_map_only(torch.Tensor, torch.clone, checkpoint)
+        checkpoint = copied(checkpoint)
     return map_proxies(checkpoint, gather_on_rank_0) if training.args.shard_proxies else checkpoint
+
+
+def copied(checkpoint, device=None):
+    """The checkpoint with its tensors copied, to `device` if they are elsewhere: those of one type
+    and place by one operation."""
+    groups = defaultdict(lambda: ([], []))
+
+    def copy(x):
+        if x.device == device:
+            return x
+        copies, originals = groups[x.device, x.dtype]
+        originals.append(x)
+        copies.append(torch.empty_like(x, device=device))
+        return copies[-1]
+
+    checkpoint = tree_map_only(torch.Tensor, copy, checkpoint)
+    for group in groups.values():
+        torch._foreach_copy_(*group)
+    return checkpoint
 
 
 def largest_of(training):
@@ -67,10 +87,10 @@ def largest_of(training):
 
 
 def on_host(checkpoint):
-    """The checkpoint with its tensors copied to the CPU."""
+    """The checkpoint with its tensors on the CPU."""
     weight = next(iter(checkpoint["model_state_dict"].values()))
     with torch.cuda.device_of(weight), torch.cuda.stream(stream_of_copies(weight.device)):
-        return tree_map_only(torch.Tensor, torch.Tensor.cpu, checkpoint)
+        return copied(checkpoint, torch.device("cpu"))
 
 
 def bytes_needed(training):

@@ -11,6 +11,7 @@ from runs.checkpoint import save
 from utils import Interrupted, UserError, out_of_memory
 
 FETCH_SECONDS = 1  # between reads of the losses; each read waits for the device
+EVALUATION_SECONDS = 5  # a kill may cost as much beside the steps since the last save
 
 
 def after_step(training, run_folder, stop):
@@ -22,6 +23,14 @@ def after_step(training, run_folder, stop):
         save(training, run_folder)
     elif all_reduce_max(time.perf_counter() > epoch.fetched + FETCH_SECONDS):
         epoch.fetch()
+
+
+def before_evaluation(training, run_folder):
+    """Save what is not saved, unless evaluating took less than EVALUATION_SECONDS last time."""
+    epoch, history = training.epoch, training.history
+    long = not history or history[-1]["seconds_eval"] > EVALUATION_SECONDS
+    if epoch.step > epoch.saved and all_reduce_max(long):
+        save(training, run_folder)
 
 
 def early_end(error, training, run_folder):

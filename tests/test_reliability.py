@@ -21,6 +21,7 @@ import retrieval.evaluate
 import train
 from runs import checkpoint as checkpoints
 from runs import folder as run_folders
+from runs import safety
 from runs.folder import RunFolder
 from storage import COMMENT_LENGTH, read_checkpoint, write_checkpoint
 from tests import forked, kill
@@ -259,7 +260,25 @@ def test_a_save_is_of_its_step_though_training_goes_on_while_it_is_written(here,
     monkeypatch.setattr(train, "train_step", step)
     monkeypatch.setattr(RunFolder, "write", write_later)
     train.main(shlex.split(TINY + "--checkpoint-every 1"))
-    assert compared == [1, 4] and len(taken) == 8  # 2 steps, before and after the evaluation
+    assert compared == [1, 3] and len(taken) == 6  # 2 steps, and after the evaluation
+
+
+@pytest.mark.parametrize("seconds, steps", [(5, [2, None, None, None]), (0, 3 * [2, None])])
+def test_a_kill_costs_the_steps_since_a_save_and_an_evaluation_of_five_seconds_at_most(
+    here, monkeypatch, seconds, steps
+):
+    make_cub(here / "data")
+    assert safety.EVALUATION_SECONDS <= 5
+    monkeypatch.setattr(safety, "EVALUATION_SECONDS", seconds)
+    capture, saved = checkpoints.capture, []
+
+    def captured(training, partial):
+        saved.append(partial and partial["step"])
+        return capture(training, partial)
+
+    monkeypatch.setattr(checkpoints, "capture", captured)
+    train.main(shlex.split(TINY + "--epochs 3"))
+    assert saved == steps
 
 
 def test_a_save_lets_go_of_the_devices_copy_before_it_writes(tmp_path, monkeypatch):
@@ -274,7 +293,7 @@ def test_a_save_lets_go_of_the_devices_copy_before_it_writes(tmp_path, monkeypat
     assert seen == [None, None]
 
 
-@pytest.mark.parametrize("n", [0, 3, 5])  # before an evaluation; after one; at the end
+@pytest.mark.parametrize("n", [0, 2, 3])  # before an evaluation; after one; at the end
 def test_a_save_that_fails_in_its_thread_ends_the_run_in_the_one_line(
     here, capsys, monkeypatch, n
 ):

@@ -1,0 +1,71 @@
+"""What a GPU would be asked to do, counted on the CPU: launches and waits of a training step of
+bn_inception, of a save, and of a batch of crops under --cache gpu; waits of each loss.
+
+A launch is an operation that is no view and makes no empty tensor. On a GPU one that takes a list,
+such as `_foreach_copy_`, is a few kernels."""
+
+import shlex
+from collections import Counter
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.timing import report
+from recipe import build_training, loss_noise, prepare_epoch, settle_loss, train_step
+from runs.checkpoint import capture, largest_of
+from train import build_parser
+
+B, CLASSES = 4, 100
+CUB = "--dataset cub --disent True --al 1.0 --be 0.1 --gam 0.00001 --weights none "
+
+
+class Launches(TorchDispatchMode):
+    """In a `with`: `names` {operation: how often}, and `nbytes` of operands and results."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.nbytes = Counter(), 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        name = operation.overloadpacket.__name__
+        if not operation.is_view and not name.startswith(("empty", "new_empty", "_record")):
+            self.names[name] += 1
+            tensors = filter(torch.is_tensor, tree_leaves((args, kwargs, out)))
+            self.nbytes += sum(x.nbytes for x in tensors)
+        return out
+
+
+def trained(flags):
+    """(Training of the CUB command after a step, a function that makes another), on the CPU."""
+    args = build_parser().parse_args(shlex.split(CUB + flags))
+    settle_loss(args)
+    training = build_training(args, CLASSES, torch.device("cpu"), None)
+    prepare_epoch(training.model, 1, args.warm, args.bn_freeze)
+    pixels = torch.randint(256, (B, 64, 64, 3), dtype=torch.uint8)
+
+    def step():
+        noise = loss_noise((B, args.embedding_size), training.device)
+        return train_step(training.model, training.criterion, training.optimizer,
+                          training.model.prepare(pixels), torch.arange(B), noise)  # fmt: skip
+
+    step()
+    return training, step
+
+
+def counted(function):
+    with Launches() as launches:
+        function()
+    return launches
+
+
+def rows():
+    training, step = trained("--precision bf16")
+    save = counted(lambda: (capture(training), largest_of(training)))
+    return [{"what": "step, bf16", "launches": counted(step).names.total()},
+            {"what": "save", "launches": save.names.total()}]  # fmt: skip
+
+
+if __name__ == "__main__":
+    report(rows(), __doc__)
