@@ -1,6 +1,7 @@
 """From batches of pixels to embeddings."""
 
 import torch
+from torch.nn import functional as F
 
 from utils import UserError
 
@@ -12,9 +13,13 @@ def embed(model, batches):
     device = model.mean.device
     embeddings = [torch.empty(0, model.embedding_size, device=device)]
     labels = [torch.empty(0, dtype=torch.long, device=device)]
+    rows = 0
     with torch.inference_mode():
         for pixels, targets, *_ in batches:
-            embeddings.append(model.embed(model.prepare(pixels)))
+            rows = max(rows, len(pixels))
+            if model.compiled_pool:  # a smaller last batch would be compiled anew
+                pixels = F.pad(pixels, 6 * (0,) + (0, rows - len(pixels)))
+            embeddings.append(model.embed(model.prepare(pixels))[: len(targets)])
             labels.append(targets)
     embeddings = torch.cat(embeddings)
     require_finite(embeddings)
