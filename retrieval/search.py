@@ -18,13 +18,19 @@ NEIGHBOURS = 8  # in pages and exports
 def exact_products():
     """As a `with` or a decorator: TensorFloat-32 and autocast are off, and restored at the end."""
     settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [setting.fp32_precision for setting in settings]
+    before, older = [setting.fp32_precision for setting in settings], None
+    with contextlib.suppress(RuntimeError):  # torch refuses to read the older API after the newer
+        older = torch.get_float32_matmul_precision()
     try:
+        if older:  # else TunableOp, which reads it, would raise
+            torch.set_float32_matmul_precision("highest")
         for setting in settings:
             setting.fp32_precision = "ieee"
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
+        if older:
+            torch.set_float32_matmul_precision(older)
         for setting, precision in zip(settings, before):
             setting.fp32_precision = precision
 

@@ -17,7 +17,7 @@ from net import create_model
 from retrieval import metrics
 from retrieval.embed import embed
 from retrieval.metrics import precision_at_r
-from retrieval.search import nearest
+from retrieval.search import exact_products, nearest
 from tests import forked
 from tests.operations import Operations, Waits
 
@@ -244,6 +244,16 @@ def test_whatever_precision_is_set_products_have_float32s_and_it_is_set_again(ow
     after = [setting.fp32_precision for setting in MATMUL]
     assert len(seen) > 3 and all(each == ["ieee", "ieee"] for each in seen)
     assert after == as_set and set(as_set) & {"tf32", "bf16"}
+
+
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_exact_products_can_be_read_by_torchs_older_api_too_as_tunable_op_does(precision):
+    torch.set_float32_matmul_precision(precision)
+    with exact_products():
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == precision
+    assert torch.backends.cuda.matmul.allow_tf32 == (precision == "high")
 
 
 def test_singleton_classes_count_as_misses_and_are_reported(capsys):
