@@ -50,29 +50,30 @@ def restarts():
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
-def from_rank_0(function, for_others=lambda result: result):
-    """Rank 0 calls `function`, the others return for_others(its result); all get its error."""
+def from_rank_0(function, for_others=lambda result: result, each_machine=False):
+    """Rank 0 calls `function`, the others return for_others(its result). With `each_machine` the
+    first rank of each machine calls it, for the others there. All ranks get an error."""
     if world_size() == 1:
         return function()
-    outcome = [None, "rank 0 has failed"]
+    first = rank() - int(os.environ["LOCAL_RANK"]) if each_machine else 0
+    outcome = [None, f"rank {first} has failed" if rank() == first else None]
     try:
-        if rank() == 0:
+        if rank() == first:
             result = function()
             outcome = [for_others(result), None]
     except UserError as error:
         outcome = [None, str(error)]
-    finally:  # a bug on rank 0 ends the others too
-        dist.broadcast_object_list(outcome)
-    received, error = outcome
-    if error:
-        raise UserError(error)
-    return result if rank() == 0 else received
-
-
-def once_a_machine(function):
-    """`from_rank_0` if all processes are on one machine; on several, every rank calls it."""
-    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size())
-    return from_rank_0(function) if one_machine else function()
+    finally:  # a bug on that rank ends the others too
+        outcomes = [outcome]
+        if each_machine:
+            outcomes *= world_size()
+            dist.all_gather_object(outcomes, outcome)
+        else:
+            dist.broadcast_object_list(outcome)
+    for _, error in outcomes:
+        if error:
+            raise UserError(error)
+    return result if rank() == first else outcomes[first][0]
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dataset.files import read_image, size_of
-from distributed import barrier, once_a_machine
+from distributed import barrier, from_rank_0
 from loading.crops import DeviceBatches
 from loading.loader import batches, in_parallel
 from utils import UserError, plural, progress, say
@@ -41,7 +41,7 @@ def start_of_each(sizes):
 def read_from_memory(paths, workers, background=None):
     """--cache ram: the Cache of these images, shared by all processes that are on one machine."""
     decode_all = partial(decoded, "ram", paths, workers, background=background)
-    return once_a_machine(lambda: Cache(*decode_all(), paths))
+    return Cache(*from_rank_0(decode_all, each_machine=True), paths)
 
 
 def keep_on_device(images, train_loader, test_loader, loading):
@@ -49,9 +49,8 @@ def keep_on_device(images, train_loader, test_loader, loading):
     which keeps all pixels of the train `images` and the crops of the test images."""
     device, workers = loading.device, loading.workers
     more = 3 * loading.size**2 * len(test_loader.sampler) if test_loader else 0
-    file, sizes = once_a_machine(
-        partial(decoded, "gpu", images.paths, workers, device, more, images.background)
-    )
+    decode_all = partial(decoded, "gpu", images.paths, workers, device, more, images.background)
+    file, sizes = from_rank_0(decode_all, each_machine=True)
     starts = start_of_each(sizes)
     pixels = torch.from_file(file, shared=True, size=int(starts[-1]), dtype=torch.uint8).to(device)
     barrier()  # every rank has opened the file

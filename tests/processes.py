@@ -4,6 +4,7 @@ or, of `lacking FLAGS`, train.py where rank 1 finds no data."""
 import contextlib
 import os
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import recipe
 import train
 import utils
-from distributed import init_processes, rank, rows_of_this_rank, world_size
+from distributed import from_rank_0, init_processes, rank, rows_of_this_rank, world_size
 from net.backbones import BACKBONES, Backbone
 from retrieval.metrics import hits_at_k, precision_at_r
 from runs.checkpoint import capture
@@ -87,7 +88,29 @@ def recalls():
     }
 
 
+def assert_one_call_a_machine(ranks=2):
+    """As if each machine had this many."""
+    here, called = rank() % ranks, []
+    os.environ["LOCAL_RANK"] = str(here)
+
+    def call(fails=()):
+        called.append(rank())
+        if rank() in fails:
+            raise utils.UserError(f"rank {rank()} cannot")
+        return rank()
+
+    assert from_rank_0(call, each_machine=True) == rank() - here and len(called) == (here == 0)
+    last = (world_size() - 1) // ranks * ranks  # the first of the last machine
+    try:
+        from_rank_0(partial(call, fails=(last,)), each_machine=True)
+    except utils.UserError as error:
+        assert str(error) == f"rank {last} cannot"
+    else:
+        raise AssertionError("one machine's error has not reached all")
+
+
 def everything():
+    assert_one_call_a_machine()
     return {
         "frozen": trained(True),
         "trained": trained(False),
