@@ -84,9 +84,10 @@ def explain(error):
             return 128 + signal.SIGINT, "stopped"
 
 
-def out_of_memory(error):
-    return ("the GPU's memory is full, use a smaller --batch-size or --image-size, or --precision "
-            f"bf16 ({str(error).split('. ')[0]})")  # fmt: skip
+def out_of_memory(error, first=""):
+    """What to do, `first` before the rest."""
+    return (f"the GPU's memory is full, use {first}a smaller --batch-size or --image-size, or "
+            f"--precision bf16 ({str(error).split('. ')[0]})")  # fmt: skip
 
 
 class Stop:

@@ -56,5 +56,6 @@ def early_end(error, training, run_folder):
         all_saved = epoch.step == epoch.saved
         saved = "what was trained is saved" if all_saved else "the last checkpoint is good"
     if gpu_full:
-        return UserError(f"{out_of_memory(error)}; {saved}")
+        first = "--cache ram, " if training.args.cache == "gpu" else ""
+        return UserError(f"{out_of_memory(error, first)}; {saved}")
     return type(error)(f"{error}; {saved}; with a good file in its place, {go_on}")

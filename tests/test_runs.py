@@ -262,7 +262,7 @@ run(train.main)
 
 @pytest.mark.parametrize("main, name, flags, saved", [
     (train.main, "train_step", TINY + "--resume", True),
-    (train.main, "train_step", TINY + "--remark _new", False),
+    (train.main, "train_step", TINY + "--remark _new --cache gpu", False),
     (evaluate.main, "evaluate", "{run} --workers 0", None),
 ])  # fmt: skip
 def test_a_full_gpu_is_one_line_that_says_what_to_change_and_what_is_saved(
@@ -273,7 +273,9 @@ def test_a_full_gpu_is_one_line_that_says_what_to_change_and_what_is_saved(
 
     monkeypatch.setattr(sys.modules[main.__module__], name, full)
     line = fails(flags.format(run=run), capsys, main)
-    assert "use a smaller --batch-size or --image-size, or --precision bf16 (CUDA out of m" in line
+    cache = "--cache ram, " if "--cache" in flags else ""
+    change = f"use {cache}a smaller --batch-size or --image-size, or --precision bf16"
+    assert f"{change} (CUDA out of m" in line
     ends = {True: "what was trained is saved", False: "nothing was saved yet", None: "of memory)"}
     assert line.endswith(ends[saved])
 
