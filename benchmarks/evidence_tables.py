@@ -141,36 +141,51 @@ TABLES = {"ablation": ablation, "short": ablation, "losses": losses, "weights": 
 
 
 def draw(table, path):
-    """The ablation: differences to Proxy-Anchor of R@1 and effective rank, with 95 % intervals;
-    hollow where there is only one seed."""
+    """The ablation, a row for each start: the learning curves of Proxy-Anchor and of all terms, and
+    each setting's differences to Proxy-Anchor with 95 % intervals, hollow for a single seed."""
     from matplotlib.figure import Figure
 
     shown = {"R@1 of unseen classes (%)": "last R@1",
              "effective rank of unseen classes": "retrieval unseen effective rank"}  # fmt: skip
     starts = [start for start in STARTS if ("ablation", start) in table]
-    figure = Figure(figsize=(11, 1 + 3.5 * len(starts)), layout="constrained")
-    for row, start in enumerate(starts):
+    figure = Figure(figsize=(14, 0.5 + 3.5 * len(starts)), layout="constrained")
+    panels = figure.subplots(len(starts), 3, squeeze=False)
+    for start, (curves, *places) in zip(starts, panels):
         settings = table["ablation", start]
-        names = [name for name in settings if name != BASELINE]
-        for place, (title, key) in enumerate(shown.items()):
-            axes = figure.add_subplot(len(starts), 2, 2 * row + place + 1)
-            for y, name in enumerate(names):
-                ours, theirs = column(settings[name], key), column(settings[BASELINE], key)
-                if told := paired(ours, theirs):
-                    colour = {"higher": "C2", "lower": "C3"}.get(told.verdict, "0.5")
-                    axes.errorbar(told.mean, y, xerr=told.half_width, fmt="o", color=colour,
-                                  capsize=3)  # fmt: skip
-                elif both := ours.keys() & theirs.keys():  # one seed so far: no interval
-                    axes.plot([ours[seed] - theirs[seed] for seed in both], [y], "o", color="0.5",
-                              markerfacecolor="none")  # fmt: skip
-            base = column(settings[BASELINE], key)
-            axes.axvline(0, color="black", linewidth=0.8)
-            axes.set(title=f"{start} weights: {title}",
-                     xlabel=f"difference to Proxy-Anchor's {mean(base.values()):.1f}")
-            axes.set_yticks(range(len(names)), names if place == 0 else [""] * len(names))
-            axes.set_ylim(len(names) - 0.5, -0.5)
-            axes.grid(axis="x", alpha=0.3)
+        draw_curves(curves, settings)
+        curves.set(title=f"{start} weights: learning curves, a line for each seed")
+        for axes, (title, key) in zip(places, shown.items()):
+            draw_differences(axes, settings, key)
+            axes.set(title=title)
     write_atomically(path, png_of(figure, 110))
+
+
+def draw_curves(axes, settings):
+    for name, colour in ((BASELINE, "C0"), ("all", "C1")):
+        for number, row in enumerate(settings.get(name, {}).values()):
+            recalls = [float(text) for text in row["curve R@1"].split()]
+            label = {} if number else {"label": name}
+            axes.plot(range(1, len(recalls) + 1), recalls, color=colour, linewidth=1, **label)
+    axes.set(xlabel="epoch", ylabel="R@1 of unseen classes (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def draw_differences(axes, settings, key):
+    names, base = [name for name in settings if name != BASELINE], column(settings[BASELINE], key)
+    for y, name in enumerate(names):
+        ours = column(settings[name], key)
+        if told := paired(ours, base):
+            colour = {"higher": "C2", "lower": "C3"}.get(told.verdict, "0.5")
+            axes.errorbar(told.mean, y, xerr=told.half_width, fmt="o", color=colour, capsize=3)
+        else:  # one seed so far: no interval
+            differences = [ours[seed] - base[seed] for seed in ours.keys() & base.keys()]
+            axes.plot(differences, [y] * len(differences), "o", color="0.5", fillstyle="none")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel=f"difference to Proxy-Anchor's {mean(base.values()):.1f}",
+             ylim=(len(names) - 0.5, -0.5))  # fmt: skip
+    axes.grid(axis="x", alpha=0.3)
 
 
 def write(docs=DOCS):
