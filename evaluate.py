@@ -8,10 +8,11 @@ from statistics import mean
 
 import dataset
 from dataset.check import load_split
+from dataset.files import WHITE
 from dataset.images import union
 from distributed import init_processes, rank
 from flags import SWITCH, Parser, add_data_flags, add_network_flags, share
-from loading.loader import Loading, batches, test_loader
+from loading.loader import Loading, test_loader
 from net import CHOICES, model_name
 from net.export import MODEL_FILES, concatenate, save_model
 from retrieval.evaluate import describe, evaluate, retrieve
@@ -62,7 +63,8 @@ def build_parser():
     add("--fmr", type=share, metavar="RATE",
         help="the share of pairs of different classes that may count as the same; default 0.01")
     add("--save-model", metavar="PATH",
-        help="also write the network to this .onnx or .pt2: pixels in, embeddings out")  # fmt: skip
+        help="instead of evaluating, write the network to this .onnx or .pt2, and beside it "
+        "*_input.py, which makes its input from a picture; needs no data set")  # fmt: skip
     add_data_flags(parser, dataset.canonical_name, dataset.CHOICES, batch_size=150)
     add_network_flags(parser, model_name, CHOICES)
     for action in parser._actions:  # else --help would name train.py's defaults
@@ -71,13 +73,17 @@ def build_parser():
     return parser
 
 
-def save_networks(path, models, images, loadings):
+def save_networks(sources, models):
     """Write the networks as one. They see the same pixels."""
-    if len({(loading.size, loading.interpolation) for loading in loadings}) > 1:
-        raise UserError(f"--save-model {path}: these networks take images of different sizes, or "
-                        "resized in different ways; save one at a time")  # fmt: skip
-    few = test_loader(images, 8, loadings[0]._replace(workers=0))
-    save_model(models, path, next(batches(few, loadings[0].device))[0])
+    args = sources[0][0]
+    for name in ("json", "export", "page", "diagnose", "calibrate"):
+        if getattr(args, name):
+            raise UserError(f"--{name}: --save-model evaluates nothing; give each its own command")
+    kinds = {(flags.image_size, model.interpolation) for (flags, _), model in zip(sources, models)}
+    if len(kinds) > 1:
+        raise UserError(f"--save-model {args.save_model}: these networks take images of different "
+                        "sizes, or resized in different ways; save one at a time")  # fmt: skip
+    save_model(models, args.save_model, args.image_size, args.background or WHITE)
 
 
 def evaluate_all(sources, models, images, loadings):
@@ -163,14 +169,14 @@ def main(argv=None):
     device = init_processes(args.gpu_id)
     check_findings(args, sources)
     models = [network_of(*source) for source in sources]
+    if args.save_model:
+        return save_networks(sources, models) if rank() == 0 else None
     loadings = [Loading(flags.image_size, args.workers, device, model.interpolation)
                 for (flags, _), model in zip(sources, models)]  # fmt: skip
     images = load_split(args, "test")
     about = describe(f"{dataset.title(args.dataset)} test", images)
     say(about)
     unseen = images_to_calibrate_on(args, checkpoint, images)
-    if args.save_model and rank() == 0:
-        save_networks(args.save_model, models, images, loadings)
     findings = {}
     if args.diagnose:  # first, as it may refuse
         set_precision(args.precision)

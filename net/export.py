@@ -1,4 +1,5 @@
-"""The network as one file that runs without this repository: ONNX, or torch.export's .pt2."""
+"""The network as one file that runs without this repository, ONNX or torch.export's .pt2, and
+beside it one that makes its input from a picture."""
 
 import io
 import math
@@ -6,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from storage import write_atomically
@@ -13,7 +15,32 @@ from utils import UserError
 
 MODEL_FILES = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}  # what each needs
 
-TOLERANCE = 1e-3  # measured: another order of sums gives 5e-6, a mean off by 1 of 255 gives 2e-3
+TOLERANCE = 1e-4  # measured: another order of sums gives 5e-6, a mean off by 1 of 255 gives 1e-3
+
+# dataset.files.as_rgb and loading.augment.resize_and_crop, for who has neither
+INPUT = '''"""From a picture to the input of the network beside this file, with Pillow and NumPy."""
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def load(path):
+    """RGB pixels, uint8 [1, {size}, {size}, 3]; channel order, mean and scale are the network's."""
+    image = Image.open(path)
+    image.getexif()  # Pillow keeps it
+    image.info.pop("exif", None)  # Pillow would fail to write odd tags anew
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":  # of 16 bits the upper 8
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, "{background}")
+        image = Image.alpha_composite(opaque, image.convert("RGBA"))
+    image = image.convert("RGB")
+    sides = [int({shorter} * side / min(image.size)) for side in image.size]  # truncated
+    image = image.resize(sides, Image.Resampling.{interpolation})
+    left, top = (round((side - {size}) / 2) for side in sides)
+    return np.array(image.crop((left, top, left + {size}, top + {size})))[None]
+'''
 
 
 def concatenate(embeddings):
@@ -33,12 +60,18 @@ class Embedder(nn.Module):
         return concatenate([model.embed(model.prepare(pixels)) for model in self.models])
 
 
+def patches(size, count=8):
+    """Images of coloured patches to compare networks on: uint8 RGB [count, size, size, 3]."""
+    drawn = torch.randint(0, 256, (count, 3, 7, 7), generator=torch.Generator().manual_seed(0))
+    return F.interpolate(drawn.byte(), (size, size)).permute(0, 2, 3, 1).contiguous()
+
+
 @torch.no_grad()
-def save_model(models, path, pixels):
-    """Write the networks as one, on the CPU and left in eval mode, for batches of any size.
-    UserError if that fails, or if the file's embeddings of `pixels`, uint8 RGB [B, H, W, 3], are
-    others."""
-    network, pixels = Embedder(models).eval(), pixels.cpu()
+def save_model(models, path, size, background):
+    """Write the networks as one, on the CPU and left in eval mode, for batches of any number of
+    images of `size`; beside it *_input.py, which reads pictures as search.py does. UserError if
+    torch cannot export them, or if the file's embeddings are not the networks'."""
+    network, pixels = Embedder(models).eval(), patches(size)
     precisions = [model.precision for model in models]
     for model in models:
         model.precision = "fp32"  # who reads the file may choose another
@@ -60,11 +93,15 @@ def save_model(models, path, pixels):
     largest = torch.cat(errors).abs().max().item()
     if not largest <= TOLERANCE:
         raise UserError(f"{path}: not written, its embeddings are off by {largest:.1e}")
+    facts = {"size": size, "shorter": size * 256 // 224, "background": background,
+             "interpolation": models[0].interpolation.upper()}  # fmt: skip
+    beside = Path(path).with_name(f"{Path(path).stem}_input.py")
+    write_atomically(beside.resolve(), INPUT.format(**facts).encode())
     write_atomically(Path(path).resolve(), data)
-    shape = ", ".join(map(str, pixels.shape[1:]))
     width = sum(model.embedding_size for model in models)
-    print(f"{path}: uint8 [B, {shape}] -> float32 [B, {width}]; on "
-          f"{len(pixels)} images at most {largest:.1e} from the network itself")  # fmt: skip
+    print(f"{path}: uint8 [B, {size}, {size}, 3] -> float32 [B, {width}]; on "
+          f"{len(pixels)} drawn images at most {largest:.1e} from the network itself")  # fmt: skip
+    print(f"{beside}: makes its input from a picture")
 
 
 def to_pt2(program):

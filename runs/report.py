@@ -62,6 +62,11 @@ def conclude(results, run_folder, wandb=None):
     elif results["chosen_by"]:
         page = shlex.quote(str(run_folder.page))
         print(f"  to look at: python evaluate.py {shlex.quote(str(folder))} --page {page}")
-    print(f"  to evaluate: {run_folder.best if run_folder.best.exists() else run_folder.last}")
+    if results["chosen_by"]:
+        print(f"  to evaluate: {run_folder.best if run_folder.best.exists() else run_folder.last}")
+    else:
+        command = f"python evaluate.py {shlex.quote(str(run_folder.last))}"
+        print(f"  to evaluate, on other classes: {command} --dataset folder --data-root DIR")
+        print(f"  to ship: {command} --save-model network.pt2")
     if wandb:
         print(f"  wandb: {wandb}")

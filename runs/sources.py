@@ -40,10 +40,11 @@ def read_source(parser, given, path, outputs):
     else from the shapes of its weights, else from the default."""
     checkpoint = read_checkpoint(path)
     _, theirs = state_and_flags(checkpoint, path)
-    if theirs.get("train_on") == "all" and not {"dataset", "data_root"} & given.keys():
+    chosen = {"dataset", "data_root", "save_model"} & given.keys()
+    if theirs.get("train_on") == "all" and not chosen:
         raise UserError(f"{path}: trained on all classes of {theirs['dataset']}, so that none are "
                         "left to test it on; name another data set with --dataset, or, for its "
-                        "exports, its own with --data-root")  # fmt: skip
+                        "exports, its own with --data-root; --save-model needs no images")
     unused = NOT_OF_THE_RUN | {*outputs}
     if given.get("dataset", theirs.get("dataset")) != theirs.get("dataset"):
         unused |= {"ks", "data_root", "skip_unreadable"}

@@ -1,15 +1,20 @@
 """evaluate.py --export and --save-model: what other programs read of it."""
 
 import os
+import runpy
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
+import search
 import train
 from dataset.files import read_image
 from loading.augment import resize_and_crop
@@ -20,6 +25,7 @@ from retrieval.search import neighbours
 from tests import toy
 from tests.conftest import (
     DISENT,
+    ROOT,
     TINY,
     checkpoint_of,
     fails,
@@ -29,10 +35,11 @@ from tests.conftest import (
     run_folder,
     snapshot,
 )
+from tests.test_pictures import medal, save_cut_out, save_turned
 from utils import UserError
 
 
-def trained(here, data_set):
+def train_one_epoch(here, data_set):
     """A run of one epoch; its folder."""
     train.main(shlex.split(f"{TINY} {data_set} --epochs 1"))
     return run_folder(here)
@@ -77,7 +84,7 @@ def assert_rows(rows, file, queries, candidates):
 def test_parquet_holds_what_npz_does_the_files_and_the_neighbours(here, monkeypatch, capsys):
     monkeypatch.setattr(embedding_export, "ROW_GROUP", 5)
     make_folder(here / "data")
-    run = trained(here, "--dataset folder")
+    run = train_one_epoch(here, "--dataset folder")
     rows, file = exported(run, "e.parquet"), exported(run, "e.npz")
     assert_rows(rows, file, 16, range(16))
     assert {row["split"] for row in rows} == {"test"}
@@ -91,7 +98,7 @@ def test_parquet_holds_what_npz_does_the_files_and_the_neighbours(here, monkeypa
 
 def test_neighbours_of_queries_are_of_the_gallery_which_has_none(here):
     make_inshop(here / "data")
-    run = trained(here, "--dataset Inshop")
+    run = train_one_epoch(here, "--dataset Inshop")
     rows, file = exported(run, "e.parquet"), exported(run, "e.npz")
     q = int(file["queries"])
     assert [row["split"] for row in rows] == ["query"] * q + ["gallery"] * (len(rows) - q)
@@ -100,7 +107,7 @@ def test_neighbours_of_queries_are_of_the_gallery_which_has_none(here):
 
 def test_names_in_any_encoding_are_written(here):
     make_folder(here / "data")
-    run = trained(here, "--dataset folder")
+    run = train_one_epoch(here, "--dataset folder")
     odd = here / "data/猫" / os.fsdecode(b"caf\xe9.jpg")
     (here / "data/猫/фото 0.jpg").rename(odd)
     rows = exported(run, "e.parquet")
@@ -110,7 +117,7 @@ def test_names_in_any_encoding_are_written(here):
 def test_an_image_that_is_gone_leaves_no_file(here, monkeypatch, capsys):
     pytest.importorskip("pyarrow")
     make_folder(here / "data")
-    run = trained(here, "--dataset folder")
+    run = train_one_epoch(here, "--dataset folder")
 
     def then_gone(*arguments):
         next((here / "data/猫").iterdir()).unlink()
@@ -129,15 +136,16 @@ def test_a_saved_network_embeds_batches_of_any_size_as_its_checkpoint_does(
     for package in export.MODEL_FILES[Path(name).suffix]:
         pytest.importorskip(package)
     make_cub(here / "data")
-    run = trained(here, f"--dataset cub {flags}")
+    run = train_one_epoch(here, f"--dataset cub {flags}")
+    (here / "data").rename(here / "elsewhere")  # no data set is needed
     capsys.readouterr()
-    evaluate.main([str(run), "--workers", "0", "--save-model", name])
-    out = capsys.readouterr().out.splitlines()
-    assert out[1].startswith(f"{name}: uint8 [B, 32, 32, 3] -> float32 [B, 8]; on 8 images")
-    assert out[-1].startswith("R@32 : ")
-    assert [path.name for path in here.glob("*m.*")] == [name]
+    evaluate.main([str(run), "--save-model", name])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{name}: uint8 [B, 32, 32, 3] -> float32 [B, 8]; on 8 drawn images")
+    assert second == "m_input.py: makes its input from a picture"
+    assert {path.name for path in here.glob("*m*.*")} == {name, "m_input.py"}
     model = load_model(checkpoint_of(run))
-    images = sorted((here / "data").rglob("[!.]*.jpg"))
+    images = sorted((here / "elsewhere").rglob("[!.]*.jpg"))
     pixels = torch.stack([resize_and_crop(read_image(path), 32) for path in images])
     for count in (1, 2, 40):
         expected = model.embed(model.prepare(pixels[:count]))
@@ -152,12 +160,69 @@ def loaded(name):
     return lambda pixels: torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
 
 
+def make_pictures(folder):
+    """One of each kind that people have."""
+    for seed in range(7):
+        image, ground = medal(seed)
+        image = image.resize((300 - 7 * seed, 200))  # sides that do not divide
+        save_turned(image, folder / f"turned {seed}.jpg", 2 + seed)
+    image, ground = medal(7)
+    save_cut_out(image, ground, folder / "cut out.png")
+    image.save(folder / "upright.webp")
+    image.convert("P").save(folder / "palette.png", transparency=3)
+    image.convert("LA").save(folder / "gray.png")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(np.arange(300 * 200, dtype=np.uint16).reshape(200, 300)).save(folder / "16.png")
+    return sorted(map(str, folder.iterdir()))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_file_beside_a_saved_network_makes_of_every_picture_the_pixels_that_it_is_fed_here(
+    here, monkeypatch, interpolation
+):
+    facts = {"interpolation": interpolation}
+    monkeypatch.setitem(BACKBONES, "toy", lambda: Backbone(toy.Toy(), toy.pool, **facts))
+    make_folder(here / "data")
+    run = train_one_epoch(here, "--dataset folder --background red --image-size 33")
+    evaluate.main([str(run), "--save-model", "m.pt2"])
+    load = runpy.run_path("m_input.py")["load"]
+    (here / "pictures").mkdir()
+    for path in make_pictures(here / "pictures"):
+        expected = resize_and_crop(read_image(path, "red"), 33, interpolation)
+        assert np.array_equal(load(path)[0], expected), path
+
+
+@pytest.mark.parametrize("name", ["m.pt2", "m.onnx"])
+def test_the_example_without_this_repository_embeds_pictures_as_search_does(trained, here, name):
+    for package in export.MODEL_FILES[Path(name).suffix]:
+        pytest.importorskip(package)
+    away = here / "away"
+    away.mkdir()
+    paths = make_pictures(away)
+    search.main([str(trained), *shlex.split("--gallery away --save-index g.npz --workers 0")])
+    evaluate.main([str(trained), "--save-model", str(away / name)])
+    shutil.copy(ROOT / "examples/saved_network.py", away)
+    command = [sys.executable, "-I", "saved_network.py", name, *map(os.path.basename, paths)]
+    done = subprocess.run(command, cwd=away, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1.0000  16.png\n")
+    with np.load("g.npz") as index:
+        assert index["paths"].tolist() == paths
+        np.testing.assert_allclose(np.load(away / "embeddings.npy"), index["embeddings"], atol=1e-6)
+
+
+def test_saving_a_network_evaluates_nothing_and_says_so(run, capsys):
+    for flag in ("--json e.json", "--export e.npz", "--page p.html", "--diagnose", "--calibrate"):
+        line = fails(f"'{run}' --save-model m.pt2 {flag}", capsys, evaluate.main)
+        assert f"{flag.split()[0]}: --save-model evaluates nothing" in line
+    assert not Path("m.pt2").exists()
+
+
 def test_bn_inception_is_saved(here, capsys):
-    pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
     model = create_model("bn_inception", 16, disent=True, precision="bf16").train()
-    export.save_model([model], "m.pt2", pixels)
-    assert model.precision == "bf16"  # in which evaluate.py goes on
-    assert "m.pt2: uint8 [B, 32, 32, 3] -> float32 [B, 16]; on 3 " in capsys.readouterr().out
+    export.save_model([model], "m.pt2", 32, "#ffffff")
+    assert model.precision == "bf16"  # in which it was
+    assert "m.pt2: uint8 [B, 32, 32, 3] -> float32 [B, 16]; on 8 " in capsys.readouterr().out
 
 
 def test_a_network_that_cannot_be_saved_or_not_well_enough_leaves_no_file(here, monkeypatch):
@@ -165,12 +230,11 @@ def test_a_network_that_cannot_be_saved_or_not_well_enough_leaves_no_file(here, 
         return toy.pool(network, x if len(x) == 2 else -x)
 
     monkeypatch.setitem(BACKBONES, "odd", lambda: Backbone(toy.Toy(), pool))
-    pixels = torch.zeros(3, 32, 32, 3, dtype=torch.uint8)
     with pytest.raises(UserError, match="m.pt2: torch cannot export odd: "):
-        export.save_model([create_model("odd", 8)], "m.pt2", pixels)
+        export.save_model([create_model("odd", 8)], "m.pt2", 32, "#ffffff")
     monkeypatch.setattr(export, "TOLERANCE", -1)
     with pytest.raises(UserError, match="m.pt2: not written, its embeddings are off by 0"):
-        export.save_model([create_model("toy", 8)], "m.pt2", pixels)
+        export.save_model([create_model("toy", 8)], "m.pt2", 32, "#ffffff")
     assert not list(here.iterdir())
 
 

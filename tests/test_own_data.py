@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -415,6 +417,21 @@ def test_training_on_all_classes_keeps_the_last_epoch_and_evaluates_nothing(here
     evaluate.main(shlex.split(f"'{run}' --dataset folder --workers 0"))
     out = capsys.readouterr().out
     assert "test: 2 of 2 classes, 16 of 16 images were trained on." in out
+
+
+def test_what_a_run_on_all_classes_says_to_do_next_works(here, capsys):
+    make_folder(here / "data" / "train")
+    make_folder(here / "other", first=4)
+    train.main(shlex.split(OWN + "--dataset folder --train-on all --epochs 1 --remark \"it's\""))
+    out = capsys.readouterr().out
+    said = dict(re.findall(r"^  (to .*?): python evaluate.py (.*)$", out, re.M))
+    assert said.keys() == {"to evaluate, on other classes", "to ship"}
+    other = said["to evaluate, on other classes"].replace("DIR", "other")
+    evaluate.main(shlex.split(f"{other} --workers 0"))
+    assert "R@8 : " in capsys.readouterr().out
+    shutil.rmtree(here / "data")
+    evaluate.main(shlex.split(said["to ship"]))
+    assert (here / "network.pt2").exists() and (here / "network_input.py").exists()
 
 
 def test_the_recalls_reported_are_those_asked_for(here, capsys):

@@ -175,7 +175,7 @@ def test_an_index_of_another_precision_is_refused(here, capsys):
 
 def test_a_network_is_exported_in_float32(tmp_path):
     model = create_model("toy", 8, precision="bf16").eval()
-    save_model([model], tmp_path / "toy.pt2", PIXELS)
+    save_model([model], tmp_path / "toy.pt2", 64, "#ffffff")
     model.precision = "fp32"
     exported = torch.export.load(tmp_path / "toy.pt2").module()
     torch.testing.assert_close(exported(PIXELS), model.embed(model.prepare(PIXELS)))
