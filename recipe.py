@@ -147,6 +147,7 @@ class Training:
         self.start = None  # {metric: per cent} before the first epoch
         self.trained_on = None  # dataset.images.trained_on, on rank 0
         self.epoch = None  # the runs.results.Epoch under way
+        self.forecast = None  # the runs.forecast.Forecast
 
 
 def build_training(args, num_classes, device, weights):

@@ -3,6 +3,7 @@
 The flags are the published script's; README.md and docs/reproduction.md have its three commands.
 """
 
+import time
 from functools import partial
 
 import torch
@@ -33,6 +34,7 @@ from retrieval.evaluate import describe, evaluate
 from runs.checkpoint import restore, save
 from runs.checks import check_batches, check_flags, hold_out
 from runs.finish import finish, test_once
+from runs.forecast import Forecast
 from runs.report import announce, conclude, say_epoch, say_start
 from runs.results import Epoch, is_finished, result_of, with_prefix
 from runs.safety import after_step, before_evaluation, early_end
@@ -155,12 +157,17 @@ def build_loading(training, images):
 
 
 def evaluate_start(training, evaluate_unseen):
-    """What the network retrieves before the first step; into training.start."""
-    args = training.args
-    if evaluate_unseen and not (training.start or training.history or training.epoch.step):
-        prepare_epoch(training.model, 0, args.warm, args.bn_freeze)  # else --compile compiles twice
-        training.start = with_prefix(evaluate_unseen().scores, args)
-        say_start(training.start)
+    """What the network retrieves before the first step; into training.start. Returns the seconds
+    of an evaluation; None where this does not tell."""
+    args, begun = training.args, time.perf_counter()
+    if not evaluate_unseen:
+        return 0
+    if training.start or training.history or training.epoch.step:
+        return None
+    prepare_epoch(training.model, 0, args.warm, args.bn_freeze)  # else --compile compiles twice
+    training.start = with_prefix(evaluate_unseen().scores, args)
+    say_start(training.start)
+    return None if args.compile else time.perf_counter() - begun  # it took part in that
 
 
 def run_epoch(training, loader, evaluate_unseen, run_folder, stop):
@@ -182,6 +189,7 @@ def run_epoch(training, loader, evaluate_unseen, run_folder, stop):
                                  noise, args.batch_size, is_last))  # fmt: skip
             after_step(training, run_folder, stop)
             epoch.tick("step")
+            training.forecast.look(training, images)
         epoch.fetch()
         epoch.tick("step")  # on a GPU the steps that are queued end with the fetch
         retrieved = None
@@ -238,11 +246,11 @@ def main(argv=None):
     training.epoch = Epoch(len(training.history), files, **partial_epoch)
     with record(parser, run_folder, training, images, left_out, argv, checkpoint) as wandb_run:
         announce(training, len(loader), run_folder)
-        evaluate_start(training, evaluate_unseen)
+        training.forecast = Forecast(len(loader), evaluate_start(training, evaluate_unseen))
         with Stop() as stop, run_folder:  # in here are all saves
             while not is_finished(training.history, args):
                 retrieved = run_epoch(training, loader, evaluate_unseen, run_folder, stop)
-                say_epoch(training.history[-1], args.epochs)
+                say_epoch(training.history[-1], args)
                 log_epoch(wandb_run, training.history, **memory_of(device))
                 training.epoch = Epoch(len(training.history), files)
         if args.val_classes:

@@ -135,8 +135,13 @@ def is_rank_0():
     return not is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
+def shows():
+    """Whether this process prints what --quiet leaves out."""
+    return is_rank_0() and not _quiet
+
+
 def say(message):
-    if is_rank_0() and not _quiet:
+    if shows():
         print(message, flush=True)
 
 
@@ -159,7 +164,7 @@ def did_you_mean(word, known):
 
 def progress(iterable, total, label, images=None, note=str):
     """A tqdm bar on a terminal, of `images` a step, ending in `note()`; else a line every 30 s."""
-    shown = is_rank_0() and not _quiet
+    shown = shows()
     if shown and sys.stderr.isatty():
         unit = {"unit": " images", "unit_scale": images} if images else {}
         with tqdm(iterable, label, total, leave=False, dynamic_ncols=True, **unit) as bar:

@@ -30,9 +30,11 @@ def say_start(metrics):
     say(f"before training  {in_words(metrics)}".rstrip())
 
 
-def say_epoch(result, epochs):
-    """Say an epoch's result, and the time left if each epoch takes as long."""
-    rest = epochs - result["epoch"] - 1
+def say_epoch(result, args):
+    """Say an epoch's result, and after warm-up the time left if each epoch takes as long."""
+    rest = args.epochs - result["epoch"] - 1
+    if result["epoch"] < args.warm < args.epochs:
+        rest = 0
     left = f"; {tqdm.format_interval(rest * result['seconds'])} left" if rest else ""
     say(
         f"epoch {result['epoch']}  loss {result['loss']:.4f}  {in_words(result)}"

@@ -74,7 +74,7 @@ def test_a_run_of_two_processes_is_continued_by_three_and_by_one_and_evaluated_b
     parts = "--cache gpu --shard-proxies"
     finished(torchrun(2, f"tests.toy train.py {COMMAND} --workers 1 --epochs 1 {parts}"))
     said = Path("log").read_text()
-    assert said.count("epoch 0  loss") == 1 and "2 processes" in said
+    assert said.count("epoch 0  loss") == said.count("\nabout ") == 1 and "2 processes" in said
     shared = "--cache ram --workers 1"
     finished(torchrun(3, f"tests.toy train.py {COMMAND} --epochs 2 --resume {shared}"))
     assert Path("log").read_text().count("decoded") == 1
