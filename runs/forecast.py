@@ -61,9 +61,9 @@ class Forecast:
         say(f"about {in_words(seconds)} for {plural(epochs, 'epoch')}: {each}")
         if seconds >= 3600 and training.device.type == "cpu" and not args.resume:
             faster = [f"--model {SMALL}"] * (args.model != SMALL)
-            faster += [f"an --image-size below {args.image_size}"]
+            faster += [f"--image-size below {args.image_size}"]
             faster += ["--cache ram"] * (args.cache == "none")
-            say(f"  faster on a CPU: {', '.join(faster)}; see docs/speed.md")
+            say(f"  faster on a CPU: {', '.join(faster)} (docs/speed.md)")
 
 
 def seconds_of_backward(training, images):

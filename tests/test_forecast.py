@@ -86,12 +86,12 @@ def test_where_it_is_hours_on_a_cpu_it_names_what_would_be_faster(clock, capsys,
     clock(300, 600)
     first, second = said(capsys, "--epochs 5")
     assert first == "about 2.2 h for 5 epochs: 900 s a step after warm-up, 60 s an evaluation"
-    assert second == ("  faster on a CPU: --model timm/mobilenetv3_large_100, an --image-size below"
-                      " 32, --cache ram; see docs/speed.md")  # fmt: skip
+    assert second == ("  faster on a CPU: --model timm/mobilenetv3_large_100, --image-size below "
+                      "32, --cache ram (docs/speed.md)")  # fmt: skip
     monkeypatch.setitem(BACKBONES, forecast.SMALL, BACKBONES["toy"])
     monkeypatch.setattr(forecast, "SMALL", "toy")
     _, second = said(capsys, "--epochs 5 --cache ram --remark again")
-    assert second == "  faster on a CPU: an --image-size below 32; see docs/speed.md"
+    assert second == "  faster on a CPU: --image-size below 32 (docs/speed.md)"
     assert len(said(capsys, "--epochs 10 --resume")) == 1  # a run cannot change these
 
 
