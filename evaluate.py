@@ -1,6 +1,7 @@
 """Recall@K of a checkpoint, or of a run folder's best one: python evaluate.py CHECKPOINT
 
-Of several, such as the folds of one data set: of each, and of their embeddings concatenated.
+With several checkpoints, such as the folds of one data set: each alone, then their concatenated
+embeddings.
 """
 
 from pathlib import Path
@@ -74,7 +75,7 @@ def build_parser():
 
 
 def save_networks(sources, models):
-    """Write the networks as one. They see the same pixels."""
+    """Write the networks as one file. UserError unless all take the same input."""
     args = sources[0][0]
     for name in ("json", "export", "page", "diagnose", "calibrate"):
         if getattr(args, name):
@@ -87,8 +88,8 @@ def save_networks(sources, models):
 
 
 def evaluate_all(sources, models, images, loadings):
-    """([(title, {metric: per cent})], Retrieved): a row for each network. Of several also their
-    mean and their concatenation, which is what Retrieved is of."""
+    """Returns ([(title, {metric: per cent})], Retrieved), a row for each network. Several networks
+    add two rows, their mean and their concatenation, and Retrieved is the concatenation's."""
     args, rows, found = sources[0][0], [], []
     asked = dataset.ks(args.dataset, args.ks), images.queries, args.metrics
 
@@ -115,7 +116,7 @@ def evaluate_all(sources, models, images, loadings):
 
 
 def in_shape_of_results(sources, epoch, scores):
-    """results.json's keys: *_best.pth fill `chosen`, others `last`, a mixture of both neither."""
+    """The keys of results.json: `chosen` for *_best.pth, `last` for others, neither for both."""
     row, chosen_by = {"epoch": epoch, "metrics": scores}, set()
     for flags, checkpoint in sources:
         history = checkpoint.get("history") if flags.checkpoint.endswith("_best.pth") else None
@@ -127,7 +128,7 @@ def in_shape_of_results(sources, epoch, scores):
 
 
 def for_json(sources, rows, facts):
-    """What --json has; of several checkpoints, of their concatenation, which has no epoch."""
+    """The content of --json. Several checkpoints give the metrics of their concatenation."""
     (args, checkpoint), (_, scores) = sources[0], rows[-1]
     paths, several, epoch = args.checkpoint, {}, epoch_of(checkpoint)
     if len(sources) > 1:

@@ -25,13 +25,13 @@ CLIP_VALUE = 10
 
 
 def own_values(loss):
-    """{flag: the loss's own value}; None for what it does not have."""
+    """{flag: the loss's default}; None where the loss has no such setting."""
     choice = LOSSES[loss]
     return {"mrg": choice.margin, "alpha": choice.scale, "proxy_lr_factor": choice.lr_factor}
 
 
 def settle_loss(args):
-    """Give the loss's own values to the flags that are not given."""
+    """Set the flags that were not given to the loss's defaults."""
     for name, value in own_values(args.loss).items():
         if getattr(args, name) is None:
             setattr(args, name, value if value is None else float(value))  # as typed
@@ -41,7 +41,7 @@ def settle_loss(args):
 
 
 def build_criterion(args, num_classes):
-    """Of all classes; with --shard-proxies, this rank's part of it."""
+    """The loss of all classes; with --shard-proxies, this rank's part of it."""
     make, ddml = LOSSES[args.loss].make, DDML
     if args.shard_proxies:
         make, ddml = ShardedProxyAnchor, ShardedDDML
@@ -50,7 +50,7 @@ def build_criterion(args, num_classes):
 
 
 def parameter_groups(model, criterion, lr, proxy_lr_factor):
-    """Backbone, heads, proxies: all parameters once."""
+    """Three groups, backbone, heads and proxies, that hold every parameter once."""
     heads = [p for head in model.heads() for p in head.parameters()]
     in_heads = set(heads)
     backbone = [p for p in model.parameters() if p not in in_heads]
@@ -69,10 +69,10 @@ def build_optimizer(args, model, criterion):
 
 
 def prepare_epoch(model, epoch, warm, bn_freeze):
-    """What trains in this epoch: during warm-up only the heads (and the proxies).
+    """Set what trains in this epoch: in warm-up only heads and proxies.
 
-    bn_freeze keeps BatchNorm's running statistics. Its weights and biases train with the
-    backbone all the same, as in the published script, unless there is no warm-up at all.
+    bn_freeze keeps BatchNorm's running statistics. Its weights and biases still train with the
+    backbone, as in the published script, unless there is no warm-up at all.
     """
     model.train()
     model.model.requires_grad_(epoch >= warm)
@@ -122,8 +122,8 @@ def loss_noise(shape, device):
 
 
 def seeded_noise(training):
-    """The loss's noise of this step, None without DDML. Seeds torch: what a step draws depends on
-    --seed, epoch and step alone."""
+    """Seed torch for this step and draw DDML's noise (None without DDML). What a step draws depends
+    on --seed, epoch and step alone."""
     args, model, epoch = training.args, training.model, training.epoch
     key = args.seed, STEP, epoch.number, epoch.step
     torch.manual_seed(seed_of(*key))
@@ -136,7 +136,7 @@ def seeded_noise(training):
 
 
 class Training:
-    """What an epoch changes and a checkpoint holds."""
+    """The state of a run: what an epoch changes and a checkpoint holds."""
 
     def __init__(self, args, device, model, criterion):
         self.args, self.device = args, device
@@ -151,7 +151,7 @@ class Training:
 
 
 def build_training(args, num_classes, device, weights):
-    """A run at its start. Seeds torch, so that initial weights and proxies depend on --seed."""
+    """The state of a new run. Seeds torch: initial weights and proxies depend on --seed."""
     torch.manual_seed(args.seed)
     model = create_model(
         args.model, args.embedding_size, args.disent, args.l2_norm, weights, args.precision

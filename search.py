@@ -33,8 +33,8 @@ from storage import (
 )
 from utils import UserError, plural, progress, run, set_precision, warn
 
-ROUNDING = 1e-6  # of a cosine in float32: equal images are at or above 1
-ON_PAGE = 48  # images of a group of duplicates
+ROUNDING = 1e-6  # equal images have a cosine of 1, but for float32's rounding
+ON_PAGE = 48  # images shown of a group of duplicates
 
 USAGE = """python search.py RUN --gallery DIR and one of these:
   --query A.jpg B.jpg    what is like these pictures

@@ -1,4 +1,4 @@
-"""Files that cannot be torn, and checkpoints that say when they are damaged."""
+"""Atomic writes, and checkpoints with a checksum."""
 
 import contextlib
 import hashlib
@@ -119,7 +119,7 @@ def checkpoint_from(data, path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of odd files before it refuses them
             checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has many for a damaged file, most of them obscure
+    except Exception as error:  # torch raises many kinds of errors for a damaged file
         raise UserError(f"{unreadable}: damaged, or it holds more than tensors and plain "
                         "values") from error  # fmt: skip
     if not isinstance(checkpoint, dict) or not checkpoint:

@@ -115,8 +115,8 @@ def build_parser():
 
 
 def load_images(args, left_out):
-    """({split: ImageSet}, left_out). Splits: train and test; with --val-classes train and val; with
-    --train-on all train alone. left_out: as in leave_out_unreadable."""
+    """Returns ({split: ImageSet}, left_out as in leave_out_unreadable). The splits are train and
+    test, with --val-classes train and val, with --train-on all train alone."""
     with rank_0_first():
         dataset.prepare(args.dataset, args.data_root)
     name, splits = dataset.title(args.dataset), dataset.read(args.dataset, args.data_root)
@@ -138,8 +138,8 @@ def load_images(args, left_out):
 
 
 def build_loading(training, images):
-    """The loader of training, and what evaluates the unseen classes: held-out ones, else those of
-    the test; None without any."""
+    """Returns (training loader, function that evaluates unseen classes): the held-out ones, or else
+    the test's; None instead of the function if there are none."""
     args, model = training.args, training.model
     train, unseen = images["train"], images.get("val", images.get("test"))
     loading = Loading(args.image_size, args.workers, training.device, model.interpolation)
@@ -234,7 +234,7 @@ def main(argv=None):
     with rank_0_first():
         training = build_training(args, len(images["train"].classes), device, weights)
     training.images_digest = digest_of_names(images.values())
-    training.model.num_features(args.image_size)  # ends here where the network cannot take it
+    training.model.num_features(args.image_size)  # UserError if the network cannot take it
     if args.compile:
         compile_backbone(training.model, args.compile)
     partial_epoch = {}
@@ -247,7 +247,7 @@ def main(argv=None):
     with record(parser, run_folder, training, images, left_out, argv, checkpoint) as wandb_run:
         announce(training, len(loader), run_folder)
         training.forecast = Forecast(len(loader), evaluate_start(training, evaluate_unseen))
-        with Stop() as stop, run_folder:  # in here are all saves
+        with Stop() as stop, run_folder:  # all saves happen in here
             while not is_finished(training.history, args):
                 retrieved = run_epoch(training, loader, evaluate_unseen, run_folder, stop)
                 say_epoch(training.history[-1], args)
@@ -255,7 +255,7 @@ def main(argv=None):
                 training.epoch = Epoch(len(training.history), files)
         if args.val_classes:
             retrieved, tested = test_once(training, images, run_folder)
-        elif evaluate_unseen and not retrieved:  # all was trained before; what is left is to draw
+        elif evaluate_unseen and not retrieved:  # it was killed after its last epoch
             retrieved = evaluate_unseen()
         results = finish(run_folder, training, images, retrieved, tested, wandb_run)
     conclude(results, run_folder, address_of(wandb_run))

@@ -58,7 +58,7 @@ def run(main, name=None):
 
 
 def explain(error):
-    """(exit status, line to print or None) of what is no bug of ours, else None."""
+    """(exit status, line to print or None) of an error that is not our bug, else None."""
     reason = str(error).partition("\n")[0]
     match error:
         case UserError():
@@ -121,7 +121,7 @@ class Stop:
             yield item
 
 
-_quiet = False  # global: else it would be an argument of all that shows progress
+_quiet = False  # global, or every function that shows progress would take it
 
 
 def set_quiet(quiet):
@@ -157,13 +157,13 @@ def plural(count, word):
 
 
 def did_you_mean(word, known):
-    """`; did you mean X?`, the end of an error; empty if none of `known` is similar."""
+    """`; did you mean X?` for the end of an error, or "" if no word in `known` is similar."""
     near = difflib.get_close_matches(word, known, 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def progress(iterable, total, label, images=None, note=str):
-    """A tqdm bar on a terminal, of `images` a step, ending in `note()`; else a line every 30 s."""
+    """A tqdm bar on a terminal, with `images` per step and `note()`; else a line every 30 s."""
     shown = shows()
     if shown and sys.stderr.isatty():
         unit = {"unit": " images", "unit_scale": images} if images else {}
@@ -223,7 +223,7 @@ def stream_of_copies(device):
 
 
 def set_precision(precision, deterministic=False):
-    """What --precision means for float32 on CUDA, and --deterministic, for the whole process."""
+    """Apply --precision (to float32 on CUDA) and --deterministic to the whole process."""
     # differs: the script has PyTorch's default, TF32 in convolutions but not in matrix products
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"

@@ -25,7 +25,7 @@ class RunFolder:
     """A run's files, each replaced as a whole. A `with` ends when the last save is on the disk."""
 
     def __init__(self, folder, name):
-        """`name`, of the data set and the network, begins the names of checkpoints."""
+        """`name`, the data set and the network, begins the names of the checkpoints."""
         self.folder = Path(folder)
         self.best = self.folder / f"{name}_best.pth"
         self.last = self.folder / f"{name}_last.pth"
@@ -83,7 +83,7 @@ class RunFolder:
         if new and self.in_use():
             for file in filter(Path.exists, self.files):
                 os.replace(file, f"{file}{REPLACED}")
-        # of an end that was not the last
+        # what the run left when it was finished, before it goes on
         for file in (self.summary, self.page, self.curves, self.calibration):
             file.unlink(missing_ok=True)
         write_json(self.args, description)
@@ -175,8 +175,8 @@ class NoFolder(contextlib.nullcontext):
 
 
 def checkpoint_in(path):
-    """A file's path itself; in a run folder its best checkpoint, else the last; in a folder of run
-    folders that of the run written last."""
+    """The checkpoint to evaluate: `path` if it is a file, a run folder's best checkpoint, or else
+    its last; in a folder of run folders, that of the newest run."""
     if not os.path.isdir(path):
         return path
     for below in ("", "*/"):
@@ -185,6 +185,6 @@ def checkpoint_in(path):
         if found:
             newest = max(found, key=lambda file: file.stat().st_mtime).parent
             if below:
-                say(f"{path}: of its runs the one written last, {newest.name}")
+                say(f"{path}: its newest run is {newest.name}")
             return str(next(file for file in found if file.parent == newest))
     raise UserError(f"{path}: a folder without a run's checkpoints")

@@ -1,4 +1,4 @@
-"""The checkpoints that evaluate.py is given: the flags of each, and its network."""
+"""From the checkpoints that evaluate.py is given to their flags and networks."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ NOT_OF_THE_RUN = {"checkpoint", "resume", "gpu_id", "workers", "remark", "versio
 
 
 def resolve_flags(parser, argv, outputs):
-    """[(flags, checkpoint)] of each that is named; all must be of one data set. `outputs`: flags
-    that a checkpoint cannot set."""
+    """[(flags, checkpoint)] of the checkpoints that are named. UserError unless all were trained on
+    one data set. outputs: flags that a checkpoint cannot set."""
     args, given = given_flags(parser, argv)
     if bool(args.checkpoint) == bool(args.resume):
         parser.error("name one checkpoint or run folder, or several without --resume")
@@ -59,7 +59,7 @@ def read_source(parser, given, path, outputs):
 
 
 def data_of(flags):
-    """The data set's name, and of one's own images, the path."""
+    """The data set's name; for one's own images with their path."""
     own = dataset.own_flag(flags["dataset"])
     place = f" ({Path(flags[own]).resolve()})" if own in flags else ""
     return f"{dataset.title(flags['dataset'])}{place}"

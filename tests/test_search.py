@@ -140,7 +140,7 @@ def test_one_bad_query_is_named_the_others_are_answered_and_the_status_is_1(here
 
 def test_of_a_folder_of_runs_it_says_which_one(here, trained, capsys):
     out, err = searched(capsys, "logs/logs_folder --gallery photos --query 'photos/猫/фото 3.jpg'")
-    assert out.startswith(f"logs/logs_folder: of its runs the one written last, {trained.name}\n")
+    assert out.startswith(f"logs/logs_folder: its newest run is {trained.name}\n")
     assert not err  # such as of a --gpu-id that nobody has named
 
 
