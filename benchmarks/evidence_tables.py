@@ -148,7 +148,7 @@ def draw(table, path):
     shown = {"R@1 of unseen classes (%)": "last R@1",
              "effective rank of unseen classes": "retrieval unseen effective rank"}  # fmt: skip
     starts = [start for start in STARTS if ("ablation", start) in table]
-    figure = Figure(figsize=(14, 0.5 + 3.5 * len(starts)), layout="constrained")
+    figure = Figure(figsize=(14, 0.5 + 3 * len(starts)), layout="constrained")
     panels = figure.subplots(len(starts), 3, squeeze=False)
     for start, (curves, *places) in zip(starts, panels):
         settings = table["ablation", start]
@@ -167,6 +167,7 @@ def draw_curves(axes, settings):
             label = {} if number else {"label": name}
             axes.plot(range(1, len(recalls) + 1), recalls, color=colour, linewidth=1, **label)
     axes.set(xlabel="epoch", ylabel="R@1 of unseen classes (%)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
 
