@@ -113,6 +113,19 @@ def all_reduce_max(number):
     return int(all_reduce(torch.tensor(int(number)), "max"))
 
 
+def all_reduce_max_later(*numbers):
+    """Waits for no rank: returns a function that does, and gives each number's greatest."""
+    x, wait = torch.tensor(numbers, dtype=torch.long), list
+    if world_size() > 1:
+        wait = dist.all_reduce(x, dist.ReduceOp.MAX, async_op=True).wait
+
+    def greatest():
+        wait()
+        return x.tolist()
+
+    return greatest
+
+
 def barrier():
     """Wait for all ranks, on the CPU."""
     all_reduce_max(0)
@@ -123,9 +136,11 @@ def all_reduce_gradients(parameters):
     if world_size() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients])):
-        gradient.copy_(total.view_as(gradient))
+    # as they lie in memory, the same in all ranks; in another order each would be a copy of its own
+    flat = all_reduce(torch.cat([g.as_strided((g.numel(),), (1,)) for g in gradients]))
+    totals = flat.split([g.numel() for g in gradients])
+    totals = [total.as_strided(g.shape, g.stride()) for total, g in zip(totals, gradients)]
+    torch._foreach_copy_(gradients, totals)
 
 
 class AllReduceSum(torch.autograd.Function):

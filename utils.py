@@ -91,8 +91,8 @@ def out_of_memory(error, first=""):
 
 
 class Stop:
-    """In a `with`, SIGTERM and Ctrl-C set a flag that `check` reads. A second one, after half a
-    second, ends the process; not under torchrun, which passes signals on and kills after 30 s."""
+    """In a `with`, SIGTERM and Ctrl-C set `signal`. A second one, after half a second, ends the
+    process; not under torchrun, which passes signals on and kills after 30 s."""
 
     def __enter__(self):
         self.signal = None
@@ -109,15 +109,11 @@ class Stop:
         elif time.monotonic() > self.since + 0.5 and not is_torchelastic_launched():
             os._exit(128 + number)
 
-    def check(self, agree=int):
-        """Raise Interrupted after a signal; with agree=all_reduce_max, after one to any rank."""
-        if number := agree(self.signal or 0):
-            raise Interrupted(number)
-
     def between(self, items):
-        """`items`, with a `check` before each."""
+        """`items`; after a signal Interrupted."""
         for item in items:
-            self.check()
+            if self.signal:
+                raise Interrupted(self.signal)
             yield item
 
 

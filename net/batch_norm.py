@@ -1,4 +1,5 @@
-"""BatchNorm over all ranks, for --bn-freeze 0 (torch's SyncBatchNorm needs CUDA)."""
+"""BatchNorm over all ranks, for --bn-freeze 0. (torch's SyncBatchNorm needs CUDA, and waits for it
+three times a layer: it indexes by a mask.)"""
 
 import torch
 from torch import nn
@@ -15,17 +16,21 @@ class SharedBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
-        sums, pixels = x.sum(dim=(0, 2, 3)), x.numel() // x.shape[1]
-        sums = AllReduceSum.apply(torch.cat([sums, sums.new_full((1,), pixels)]))
-        mean, count = sums[:-1] / sums[-1], sums[-1]
-        centred = x - mean[:, None, None]
-        variance = AllReduceSum.apply(centred.square().sum(dim=(0, 2, 3))) / count
+        # moments about the running mean, which all ranks know: one all-reduce, and little cancels
+        x = x - self.running_mean[:, None, None]
+        sums = [x.sum(dim=(0, 2, 3)), x.square().sum(dim=(0, 2, 3))]
+        pixels = x.new_full((1,), x.numel() // x.shape[1])
+        moments = AllReduceSum.apply(torch.cat([*sums, pixels]))
+        count = moments[-1]
+        mean, square = (moments[:-1] / count).chunk(2)
+        variance = square - mean.square()
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
+            self.running_mean.add_(mean, alpha=self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
+        shift = self.bias - mean * scale
+        return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(dtype)
 
 
 def share_batch_norm(module):

@@ -6,7 +6,7 @@ import time
 import torch
 
 from dataset.files import UnreadableImage
-from distributed import all_reduce_max, barrier, world_size
+from distributed import all_reduce_max, all_reduce_max_later, barrier, world_size
 from runs.checkpoint import save
 from utils import Interrupted, UserError, out_of_memory
 
@@ -17,11 +17,17 @@ EVALUATION_SECONDS = 5  # a kill may cost as much beside the steps since the las
 def after_step(training, run_folder, stop):
     """Signals, failed saves, checkpoints in mid-epoch, and a look at the losses now and then."""
     epoch, every = training.epoch, training.args.checkpoint_every
-    stop.check(all_reduce_max)
+    late = time.perf_counter() > epoch.fetched + FETCH_SECONDS
+    asked = all_reduce_max_later(stop.signal or 0, late)
+    # several processes act on what they asked a step ago: no step waits for another rank
+    answer, epoch.asked = asked if world_size() == 1 else epoch.asked, asked
+    signal, late = answer()
+    if signal:
+        raise Interrupted(signal)
     run_folder.check()
     if every and epoch.step % every == 0:
         save(training, run_folder)
-    elif all_reduce_max(time.perf_counter() > epoch.fetched + FETCH_SECONDS):
+    elif late:
         epoch.fetch()
 
 

@@ -8,19 +8,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import distributed
 import evaluate
 import recipe
 import sharded
 import train
 import utils
+from benchmarks.launches import counted
 from loading import loader
 from net import batch_norm
 from net.batch_norm import SharedBatchNorm
-from runs import checks
+from runs import checks, safety
+from runs.folder import NoFolder
+from runs.results import Epoch
 from storage import read_checkpoint
 from tests import processes
 from tests.conftest import ROOT, TINY, checkpoint_of, fails, make_cub, metrics, run_folder
@@ -138,6 +143,55 @@ def test_batch_norm_over_processes_is_batch_norm_and_gives_maps_of_the_same_type
     x = (3 + torch.randn(5, 4, 3, 3)).to(kind)
     torch.testing.assert_close(ours(x), theirs(x.to(ours.weight.dtype)).to(kind))
     torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+@pytest.fixture
+def one_of_two(monkeypatch):
+    """As the first of two processes, whose all-reduces end at once; the arguments of each."""
+    calls = []
+
+    def all_reduce(x, *op, **how):
+        calls.append((tuple(x.shape), how))
+        return SimpleNamespace(wait=lambda: calls.append("wait"))
+
+    for module in (distributed, batch_norm, safety):
+        monkeypatch.setattr(module, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    return calls
+
+
+def test_batch_norm_over_processes_takes_an_all_reduce_forward_and_one_backward(one_of_two):
+    SharedBatchNorm(4)(torch.randn(5, 4, 3, 3).requires_grad_()).sum().backward()
+    assert one_of_two == 2 * [((9,), {})]  # two moments of each channel, and how many pixels
+
+
+def test_gradients_of_any_layout_are_summed_by_three_launches_and_where_they_are(one_of_two):
+    shapes = ((4, 3, 2, 2), (4,), (5, 4))
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    parameters[0].data = parameters[0].contiguous(memory_format=torch.channels_last)
+    parameters.append(torch.nn.Parameter(torch.ones(1)))  # has no gradient
+    sum(p.square().sum() for p in parameters[:3]).backward()
+    before = [(p.grad, p.grad.clone(), p.grad.stride()) for p in parameters[:3]]
+    launches = counted(lambda: distributed.all_reduce_gradients(parameters)).names
+    assert one_of_two == [((4 * 3 * 4 + 4 + 20,), {})]
+    assert launches == {"cat": 1, "_foreach_copy_": 1}
+    for p, (same, values, stride) in zip(parameters, before):
+        assert p.grad is same and torch.equal(p.grad, values) and p.grad.stride() == stride
+
+
+def test_a_step_of_several_processes_waits_for_what_was_asked_a_step_before(one_of_two):
+    training = SimpleNamespace(epoch=Epoch(0, None), args=SimpleNamespace(checkpoint_every=None))
+
+    def after_step(number):
+        one_of_two.clear()
+        safety.after_step(training, NoFolder(False), SimpleNamespace(signal=number))
+        return list(one_of_two)
+
+    asked = ((2,), {"async_op": True})
+    assert after_step(None) == [asked]
+    assert after_step(signal.SIGTERM) == [asked, "wait"]
+    with pytest.raises(utils.Interrupted):
+        after_step(signal.SIGTERM)
 
 
 def test_a_network_with_batch_norm_over_processes_is_on_its_device(monkeypatch):
