@@ -3,13 +3,11 @@
 The flags are the published script's; README.md and docs/reproduction.md have its three commands.
 """
 
-import time
 from functools import partial
 
 import torch
 
 import dataset
-from dataset.check import leave_out_unreadable
 from dataset.files import UnreadableImage
 from dataset.images import digest_of_names
 from distributed import init_processes, rank_0_first, world_size
@@ -30,17 +28,17 @@ from loading.loader import Loading, batches, test_loader, train_loader
 from losses import LOSSES
 from net import CHOICES, compile_backbone, model_name
 from recipe import OPTIMIZERS, build_training, prepare_epoch, seeded_noise, settle_loss, train_step
-from retrieval.evaluate import describe, evaluate
+from retrieval.evaluate import evaluate
 from runs.checkpoint import restore, save
-from runs.checks import check_batches, check_flags, hold_out
+from runs.checks import check_flags, load_images
 from runs.finish import finish, test_once
-from runs.forecast import Forecast
-from runs.report import announce, conclude, say_epoch, say_start
-from runs.results import Epoch, is_finished, result_of, with_prefix
+from runs.forecast import Forecast, evaluate_start
+from runs.report import announce, conclude, say_epoch
+from runs.results import Epoch, is_finished, result_of
 from runs.safety import after_step, before_evaluation, early_end
 from runs.start import left_out_before, open_run, record
 from runs.tracking import address_of, log_epoch, memory_of
-from utils import Interrupted, Stop, progress, run, say, set_precision, set_quiet, warn
+from utils import Interrupted, Stop, progress, run, say, set_precision, set_quiet
 
 USAGE = """python train.py [flags]; most runs need only these:
   --dataset NAME --data-root DIR       the images
@@ -114,29 +112,6 @@ def build_parser():
     return parser
 
 
-def load_images(args, left_out):
-    """Returns ({split: ImageSet}, left_out as in leave_out_unreadable). The splits are train and
-    test, with --val-classes train and val, with --train-on all train alone."""
-    with rank_0_first():
-        dataset.prepare(args.dataset, args.data_root)
-    name, splits = dataset.title(args.dataset), dataset.read(args.dataset, args.data_root)
-    looked = {"train": splits.get("train", ())} if args.val_classes else splits
-    looked, left_out = leave_out_unreadable(args, looked, left_out)
-    splits |= looked
-    image_set = partial(dataset.image_set, args.dataset, splits, background=args.background)
-    images = {"train": image_set(args.train_on)}
-    if args.val_classes:  # test images are not read before the end
-        images = hold_out(args, images["train"])
-        if not (splits.get("test") or splits.get("query")):
-            warn(f"{name}: there are no test images, which the end of this run will evaluate")
-    elif args.train_on == "train":
-        images["test"] = image_set("test")
-    check_batches(args, images["train"], name)
-    for split, each in images.items():
-        say(describe(f"{name} {args.train_on if split == 'train' else split}", each))
-    return images, left_out
-
-
 def build_loading(training, images):
     """Returns (training loader, function that evaluates unseen classes): the held-out ones, or else
     the test's; None instead of the function if there are none."""
@@ -154,20 +129,6 @@ def build_loading(training, images):
         return loader, None
     ks, at_r = dataset.ks(args.dataset, args.ks), args.metrics or bool(args.val_classes)
     return loader, partial(evaluate, model, eval_loader, ks, unseen.queries, at_r)
-
-
-def evaluate_start(training, evaluate_unseen):
-    """What the network retrieves before the first step; into training.start. Returns the seconds
-    of an evaluation; None where this does not tell."""
-    args, begun = training.args, time.perf_counter()
-    if not evaluate_unseen:
-        return 0
-    if training.start or training.history or training.epoch.step:
-        return None
-    prepare_epoch(training.model, 0, args.warm, args.bn_freeze)  # else --compile compiles twice
-    training.start = with_prefix(evaluate_unseen().scores, args)
-    say_start(training.start)
-    return None if args.compile else time.perf_counter() - begun  # it took part in that
 
 
 def run_epoch(training, loader, evaluate_unseen, run_folder, stop):

@@ -1,10 +1,14 @@
-"""What flags, losses and images cannot be together: one line before anything is trained."""
+"""The images of a run, and errors where flags, losses and images do not fit each other."""
+
+from functools import partial
 
 import dataset
-from distributed import world_size
+from dataset.check import leave_out_unreadable
+from distributed import rank_0_first, world_size
 from losses import PROXY_LOSSES
+from retrieval.evaluate import describe
 from runs.tracking import wandb_mode
-from utils import UserError, warn
+from utils import UserError, say, warn
 
 
 def check_flags(args):
@@ -33,6 +37,29 @@ def check_flags(args):
         warn("--al, --be and --gam weigh nothing without --disent True: training the plain loss")
     if not has_proxies and not args.IPC:
         warn(f"--loss {args.loss} learns from pairs of one class; --IPC N puts some in each batch")
+
+
+def load_images(args, left_out):
+    """Returns ({split: ImageSet}, left_out as in leave_out_unreadable). The splits are train and
+    test, with --val-classes train and val, with --train-on all train alone."""
+    with rank_0_first():
+        dataset.prepare(args.dataset, args.data_root)
+    name, splits = dataset.title(args.dataset), dataset.read(args.dataset, args.data_root)
+    looked = {"train": splits.get("train", ())} if args.val_classes else splits
+    looked, left_out = leave_out_unreadable(args, looked, left_out)
+    splits |= looked
+    image_set = partial(dataset.image_set, args.dataset, splits, background=args.background)
+    images = {"train": image_set(args.train_on)}
+    if args.val_classes:  # test images are not read before the end
+        images = hold_out(args, images["train"])
+        if not (splits.get("test") or splits.get("query")):
+            warn(f"{name}: there are no test images, which the end of this run will evaluate")
+    elif args.train_on == "train":
+        images["test"] = image_set("test")
+    check_batches(args, images["train"], name)
+    for split, each in images.items():
+        say(describe(f"{name} {args.train_on if split == 'train' else split}", each))
+    return images, left_out
 
 
 def check_batches(args, images, name):

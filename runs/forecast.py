@@ -1,4 +1,4 @@
-"""How long a run will take, said once, after its first steps."""
+"""Before the first step: what the network retrieves. After some: how long the run will take."""
 
 import time
 
@@ -6,22 +6,37 @@ import torch
 from tqdm import tqdm
 
 from recipe import prepare_epoch
+from runs.report import say_start
+from runs.results import with_prefix
 from utils import plural, say, shows
 
 SECONDS = 5  # of steps to measure, if the epoch has as many
 SMALL = "timm/mobilenetv3_large_100"
 
 
+def evaluate_start(training, evaluate_unseen):
+    """Evaluate a new run's network before its first step, into training.start. Returns an
+    evaluation's seconds: 0 if there will be none, None if it is not known."""
+    args, begun = training.args, time.perf_counter()
+    if not evaluate_unseen:
+        return 0
+    if training.start or training.history or training.epoch.step:
+        return None
+    prepare_epoch(training.model, 0, args.warm, args.bn_freeze)  # else --compile compiles twice
+    training.start = with_prefix(evaluate_unseen().scores, args)
+    say_start(training.start)
+    return None if args.compile else time.perf_counter() - begun  # torch compiled, too
+
+
 class Forecast:
-    """Of a run with `steps` an epoch. seconds_eval: of an evaluation; 0: there are none; None: not
-    known before the first epoch."""
+    """Says once how long a run takes. steps: of an epoch; seconds_eval: from evaluate_start."""
 
     def __init__(self, steps, seconds_eval):
         self.steps, self.seconds_eval = steps, seconds_eval
         self.number, self.first, self.said = None, None, False
 
     def look(self, training, images):
-        """To be called after each step, once it was timed; images: its input."""
+        """Call this after each step is timed; images: the step's input."""
         args, epoch = training.args, training.epoch
         if self.said or not shows():
             return
@@ -42,7 +57,7 @@ class Forecast:
         with tqdm.external_write_mode():  # the epoch's bar is on the line
             self.report(training, pace, full_pace)
         self.said = True
-        epoch.tick()  # this was no part of a step
+        epoch.tick()  # so that this is not counted as part of a step
 
     def report(self, training, pace, full_pace):
         """pace, full_pace: seconds a step, now and after warm-up."""

@@ -32,7 +32,7 @@ def clock(here, monkeypatch):
                 epoch.seconds[what] = epoch.seconds.get(what, 0) + took[what]
 
         minutes = iter(range(0, 6000, 60))
-        monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(minutes)))
+        monkeypatch.setattr(forecast, "time", SimpleNamespace(perf_counter=lambda: next(minutes)))
         monkeypatch.setattr(Epoch, "tick", tick)
         monkeypatch.setattr(forecast, "seconds_of_backward", lambda *_: backward)
 
