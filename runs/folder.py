@@ -142,7 +142,7 @@ class RunFolder:
             if path != self.last and self.last.exists():
                 os.replace(self.last, f"{self.last}.damaged")  # else it would become `previous`
             return path, checkpoint
-        if self.curves.exists() and not self.last.exists():
+        if self.curves.exists() and self.best.exists() and not self.last.exists():
             raise UserError(f"{self.folder} is finished, and --keep best has deleted what "
                             "continues it; --overwrite trains it again")  # fmt: skip
         if self.in_use():
