@@ -1,14 +1,14 @@
-"""The data sets, under one name each: `load(name, root, split)`.
+"""The data sets by name: `load(name, root, split)`.
 
-Each is a module with `read(root) -> {split: [(path, class name)]}` and
+Each is a module with `read(root) -> {split: [(path, class name)]}`, `KS` and what it has of these:
 
-KS         of its Recall@K
+KS         the K of its Recall@K
 PUBLISHED  {split: (images, classes)}
-RECIPE     flags of its published command that differ from the defaults
+RECIPE     the flags of its published command that differ from the defaults
 PAPER      the paper's recalls, in per cent
-FILES      {path under the data root: (MD5, URL or None)} of what dataset.download fetches
-SOURCE     where to get those by hand
-OWN        for users' own images: the flag that says which they are. Others are read as published
+FILES      {path under the data root: (MD5, URL or None)}, which dataset.download fetches
+SOURCE     where to get these files by hand
+OWN        the flag that says where users' own images are; all other images are read as published
 """
 
 import os
@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 from dataset import table
-from dataset.files import WHITE, on_disk
+from dataset.files import WHITE, found_and_missing
 from dataset.images import ImageSet
 from flags import flag_of
 from utils import UserError, did_you_mean, plural, warn
@@ -36,7 +36,7 @@ CHOICES = f"{', '.join(DATASETS)}, or a list FILE.csv or FILE.tsv"
 
 
 def canonical_name(name):
-    """The spelling of a data set's name that folders and wandb projects use; a list's path."""
+    """The data set's name as run folders and wandb projects spell it; for a list, its path."""
     if name.lower().endswith(table.SUFFIXES):
         return os.path.normpath(name)
     spellings = {known.lower(): known for known in DATASETS} | ALIASES
@@ -51,53 +51,53 @@ def module_of(name):
 
 
 def own_flag(name):
-    """The flag that says which images of one's own; None for a published data set."""
+    """The flag that says where users' own images are; None for a published data set."""
     return getattr(module_of(name), "OWN", None)
 
 
 def title(name):
-    """The name in run folders and wandb projects; of a list, its file's name."""
+    """The name in run folders and wandb projects; a list is called by its file's name."""
     return Path(name).stem if module_of(name) is table else canonical_name(name)
 
 
 def ks(name, chosen=None):
-    """The K of Recall@K: `chosen`, or else the data set's."""
+    """The K of Recall@K, sorted: `chosen`, by default the data set's."""
     return sorted(set(chosen or module_of(name).KS))
 
 
 def read(name, root):
-    """{split: [(path, class name)]}, as the data set's folders or lists name them."""
+    """{split: [(path, class name)]}, from the data set's folders or lists."""
     module = module_of(name)
     return module.read(name if module is table else root)
 
 
 def own_folder(name, root):
-    """The folder that all images of one's own are below."""
+    """The folder that users' own images are in."""
     return Path(name).parent if module_of(name) is table else Path(root)
 
 
 def refuse_own_flags(args):
-    """UserError for a flag of one's own images beside a published data set."""
+    """UserError if a flag for users' own images is given with a published data set."""
     for flag in ("background", "skip_unreadable"):
         if getattr(args, flag) and not own_flag(args.dataset):
-            raise UserError(f"{flag_of(flag)}: only for images of your own; those of {args.dataset}"
-                            " are read as its published script reads them")  # fmt: skip
+            raise UserError(f"{flag_of(flag)}: only for images of your own; {args.dataset} is read "
+                            "as the published script reads it")  # fmt: skip
 
 
 def prepare(name, root):
-    """Called before training: demo and kanji draw their images."""
+    """Draw the images of demo or kanji; other data sets need nothing before training."""
     if hasattr(module_of(name), "prepare"):
         module_of(name).prepare(root)
 
 
 def load(name, root, split, transform=None, background=None):
     """One split as an ImageSet: `train`, `all`, or `test` (queries, then the gallery, if any).
-    background: under what is transparent in images of one's own, white by default."""
+    background: the colour under transparent pixels of users' own images, by default white."""
     return image_set(name, read(name, root), split, transform, background)
 
 
 def image_set(name, splits, split, transform=None, background=None):
-    """`load` for what `read` returned."""
+    """`load`, with the splits that `read` returned."""
     background = background or WHITE if own_flag(name) else None
     has_gallery = split == "test" and "gallery" in splits
     parts = ["query", "gallery"] if has_gallery else [split]
@@ -112,12 +112,12 @@ def image_set(name, splits, split, transform=None, background=None):
 
 
 def images_on_disk(name, splits, part):
-    items, missing = on_disk(splits.get(part, ()))
+    items, missing = found_and_missing(splits.get(part, ()))
     if not items:
         reason = f": none of the listed files is there, such as {missing[0]}" if missing else ""
         others = [name for name in splits if splits[name]]
         if others and not splits.get(part):
-            reason = f", only {' and '.join(others)}; add some"
+            reason = f", only for {' and '.join(others)}; add some"
             reason += ", or use --train-on all" if part == "test" else ""
         raise UserError(f"{name} {part}: there are no images{reason}")
     if difference := difference_from_published(name, part, items):
@@ -126,7 +126,7 @@ def images_on_disk(name, splits, part):
 
 
 def difference_from_published(name, split, items):
-    """A line if the numbers of images or classes are not the published ones, or else None."""
+    """A line if the numbers of images or classes differ from the published ones, else None."""
     found = (len(items), len({label for _, label in items}))
     published = getattr(module_of(name), "PUBLISHED", {}).get(split, found)
     if found != published:
@@ -135,7 +135,7 @@ def difference_from_published(name, split, items):
 
 
 def warn_of_odd_classes(where, images, splits, split):
-    """Warns of classes in users' own images that are probably a mistake."""
+    """Warn of classes of users' own images that are probably a mistake."""
 
     def warn_of(what, classes):
         if classes:

@@ -1,4 +1,4 @@
-"""Cars-196 (Krause et al., 2013): 196 car models, in any of the three forms it was published."""
+"""Cars-196 (Krause et al., 2013): 196 car models, in any of its three published layouts."""
 
 from scipy.io import loadmat
 
@@ -21,8 +21,7 @@ LAYOUTS = ("cars_annos.mat", f"devkit/{TRAIN_LIST}", "car_data/car_data/train", 
 
 
 def read(root):
-    """The classes numbered 1 to 98 train, however many of them are there, whichever of the
-    published folders an image is in."""
+    """Classes 1 to 98 train, also in a subset, whichever published folder an image is in."""
     candidates = [f"{folder}/{layout}" for folder in FOLDERS for layout in LAYOUTS]
     found = first_existing(root, candidates, "cars")
     if found.name == "cars_annos.mat":
@@ -37,14 +36,14 @@ def read(root):
         items = class_folders(found)
         if (found.parent / "test").is_dir():
             items += class_folders(found.parent / "test")
-        # names without numbers: classes 1 to 98 end in Eagle Talon, 99 to 196 are FIAT and after
+        # names have no numbers here: class 98 is an Eagle Talon, class 99 a FIAT
         return by_class(items, lambda name: name < "F")
     return by_class(items, lambda name: int(name.split()[0]) <= 98)
 
 
 def read_mat(files, images, path, label):
-    """[(path, class name)] from .mat files, which hold annotations and perhaps class names; `path`
-    and `label` are fields of the annotations."""
+    """[(path, class name)] from .mat files. One has the annotations, one may have class names;
+    `path` and `label` are the annotations' fields."""
     mat, items = {}, []
     try:
         for file in files:
@@ -53,9 +52,9 @@ def read_mat(files, images, path, label):
         for row in mat["annotations"].ravel():
             number = int(row[label].item())
             if number < 1:
-                raise ValueError("classes are counted from 1")
+                raise ValueError("class numbers start at 1")
             name = cells[number - 1].item() if number <= len(cells) else ""
-            # the number comes first, as classes are sorted by name
+            # classes are sorted by name, so the number comes first
             items.append((below(images, str(row[path].item())), f"{number:03d} {name}".strip()))
     except Exception as error:  # scipy fails in many ways on a damaged file
         raise UserError(f"{file}: not the MATLAB file of Cars ({error})") from error

@@ -1,4 +1,4 @@
-"""Look at every file of a data set before a day is spent on it:
+"""Check every file of a data set before training on it:
 
 python -m dataset.check --dataset cub
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 import dataset
-from dataset.files import WHITE, as_rgb, on_disk, opened
+from dataset.files import WHITE, as_rgb, found_and_missing, opened
 from distributed import from_rank_0
 from flags import Parser, at_least
 from loading.loader import in_parallel
@@ -22,7 +22,7 @@ PROGRAM = "python -m dataset.check"
 
 
 def look_at(path, own=False):
-    """(SHA-256 of the file, or None if it is unreadable; its problem or None)."""
+    """(SHA-256 of the file, or None if it cannot be read; its problem, or None)."""
     problem, named = None, Image.registered_extensions().get(Path(path).suffix.lower())
     try:
         with opened(path, own) as image:
@@ -30,7 +30,7 @@ def look_at(path, own=False):
             if image.format != named and {image.format, named} != {"JPEG", "MPO"}:  # phones' JPEGs
                 problem = f"{path}: a {image.format} file by another name"
             elif image.mode == "CMYK" and "icc_profile" in image.info:
-                problem = f"{path}: CMYK, whose colour profile is left aside"
+                problem = f"{path}: CMYK, whose colour profile is ignored"
     except UserError as error:
         return None, str(error)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest(), problem
@@ -41,16 +41,16 @@ def look_at_all(items, workers, label, own):
 
 
 def unreadable(splits, workers):
-    """[path] of the images of one's own that cannot be read, in all splits."""
+    """[path] of the images that cannot be read, in all splits."""
     items = [item for part in splits.values() for item in part]
     looks = look_at_all(items, workers, "looking for unreadable images", own=True)
     return [path for (path, _), (digest, _) in zip(items, looks) if not digest]
 
 
 def leave_out_unreadable(args, splits, known=None):
-    """--skip-unreadable: (splits without the images that cannot be read; these, as paths below the
-    data's folder; None without the flag). known: these the run left out before it was continued;
-    None: they are looked for."""
+    """--skip-unreadable: (splits without unreadable images, [their paths in the data's folder]);
+    (splits, None) without the flag. known: the paths that a continued run has already left out;
+    None: look for unreadable images."""
     if not args.skip_unreadable:
         return splits, None
     folder = dataset.own_folder(args.dataset, args.data_root)
@@ -67,7 +67,7 @@ def leave_out_unreadable(args, splits, known=None):
 
 
 def load_split(args, split):
-    """The ImageSet `train` or `test`; with --skip-unreadable without those that cannot be read."""
+    """The split `train` or `test` as an ImageSet; --skip-unreadable is applied."""
     splits = dataset.read(args.dataset, args.data_root)
     looked = {name: splits[name] for name in splits if (name == "train") == (split == "train")}
     looked, _ = leave_out_unreadable(args, looked)
@@ -75,17 +75,17 @@ def load_split(args, split):
 
 
 def check(name, root, workers):
-    """All problems of a data set, a line each."""
+    """A line for each problem of a data set."""
     problems, copies, count = [], defaultdict(list), 0
     splits = dataset.read(name, root)
     own = bool(dataset.own_flag(name))
     for split in ("train", "test") if own else ():
         try:
-            dataset.image_set(name, splits, split)  # as train.py does; warns of odd classes
+            dataset.image_set(name, splits, split)  # as in train.py; warns of odd classes
         except UserError as error:
             problems.append(str(error))
     for split, listed in splits.items():
-        items, missing = on_disk(listed)
+        items, missing = found_and_missing(listed)
         problems.append(dataset.difference_from_published(name, split, items))
         problems += [f"{path}: listed, but not there" for path in missing]
         looks = look_at_all(items, workers, f"{name} {split}", own)
@@ -100,7 +100,8 @@ def check(name, root, workers):
 
 
 def problem_of_copies(copies):
-    """copies: [(path, class name, split)] of files with the same bytes."""
+    """A line if equal files are of several classes, or of train and of another split; else None.
+    copies: [(path, class name, split)]."""
     paths, classes, splits = ([*dict.fromkeys(column)] for column in zip(*copies))
     if len(classes) > 1:
         return f"{', '.join(paths)}: the same file in {len(classes)} classes"
@@ -114,7 +115,7 @@ def main(argv=None):
     add("--dataset", default="cub", type=dataset.canonical_name, metavar="NAME",
         help=dataset.CHOICES)  # fmt: skip
     add("--data-root", default="./data", metavar="DIR",
-        help="folder of the data sets, or with --dataset folder of the images")  # fmt: skip
+        help="folder of the data sets; with --dataset folder, of your own images")  # fmt: skip
     add("--workers", default=os.cpu_count(), type=at_least(0), help="processes that decode images")
     args = parser.parse_args(argv)
     problems = check(args.dataset, args.data_root, args.workers)

@@ -15,13 +15,13 @@ FILES = {
 
 
 def read(root):
-    """The classes numbered 1 to 100 train, however many of them are there."""
+    """Classes 1 to 100 train, also in a subset."""
     folder = first_existing(root, ("CUB_200_2011/images", "cub/images"), "cub")
     return by_class(class_folders(folder), lambda name: number_of(folder / name) <= 100)
 
 
 def number_of(folder):
-    """A class's number, with which the name of its folder begins."""
+    """The class number that the folder's name begins with."""
     digits = re.match("[0-9]+", folder.name)
     if not digits:
         raise UserError(f"{folder}: CUB's folders are named as in 001.Black_footed_Albatross, and "

@@ -1,7 +1,7 @@
 """The demo data set: drawn with Pillow from a seed, in CUB's folder layout.
 
-A class is a shape filled with a texture. Background, colours, pose and scale vary alike in all
-classes, so none of them tells which class an image is of.
+A class is a shape filled with a texture. Background, colours, pose and scale vary in the same way
+in all classes, so they do not tell the class.
 """
 
 import math
@@ -24,7 +24,7 @@ def read(root):
 
 
 def prepare(root):
-    """Draw the images if they are not there yet."""
+    """Draw the images unless they are there."""
     folder = drawing.folder_of(root, "demo")
     if not folder.exists():
         say(f"drawing {len(SHAPES) * len(TEXTURES) * IMAGES_PER_CLASS} images into {folder}")
@@ -32,7 +32,7 @@ def prepare(root):
 
 
 def draw(seed=0):
-    """Yields CLASS/NAME, image and {factor: value} of every image."""
+    """Yields (CLASS/NAME, image, {factor: value}) for every image."""
     rng = random.Random(seed)
     classes = [(shape, texture) for shape in SHAPES for texture in TEXTURES]
     rng.shuffle(classes)  # so that both halves hold most shapes and most textures

@@ -1,8 +1,8 @@
-"""Download, check and unpack a published data set; run again, it goes on where it stopped:
+"""Download, check and unpack a published data set. Run again, it goes on where it stopped:
 
 python -m dataset.download cub
 
-kanji is drawn, as `train.py --dataset kanji` does, or with other sizes.
+kanji is not downloaded but drawn, as train.py draws it or with --characters and --size.
 """
 
 import shutil
@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 from torchvision.datasets.utils import check_integrity
 
 import dataset
-from dataset.files import on_disk
+from dataset.files import found_and_missing
 from flags import VERSION, Parser, at_least
 from utils import UserError, plural, progress, run
 
@@ -25,32 +25,33 @@ CHUNK = 2**20  # bytes
 
 
 def why_incomplete(name, root):
-    """Why the images under `root` are not the published data set; empty if they are."""
+    """Why the images under `root` are not the published data set; "" if they are."""
     try:
         splits = dataset.read(name, root)
     except UserError as error:
         return str(error)
-    found = {split: on_disk(items)[0] for split, items in splits.items()}
+    found = {split: found_and_missing(items)[0] for split, items in splits.items()}
     lines = (dataset.difference_from_published(name, *split) for split in found.items())
     return "; ".join(filter(None, lines))
 
 
 def obtain(name, root):
-    """Fetch and unpack what is missing; a UserError says what must be done by hand."""
+    """Download and unpack what is missing; UserError says what must be done by hand."""
     module = dataset.module_of(name)
     files = {root / path: facts for path, facts in module.FILES.items()}
     needed = {path: facts for path, facts in files.items() if not path.with_suffix("").is_dir()}
     reasons = "; ".join(filter(None, [fetch(path, *facts) for path, facts in needed.items()]))
     if reasons:
-        raise UserError(f"{reasons}; by hand, get it from {module.SOURCE}, then run this again")
+        raise UserError(f"{reasons}; get it by hand from {module.SOURCE}, then run this again")
     for archive in (path for path in needed if path.suffix in (".tgz", ".zip")):
         unpack(archive)
     if reason := why_incomplete(name, root):
-        raise UserError(f"{reason}; move away what came of {' and '.join(map(str, files))}")
+        raise UserError(f"{reason}; move away what was unpacked from "
+                        f"{' and '.join(map(str, files))}")  # fmt: skip
 
 
 def fetch(path, md5, url):
-    """Downloads the file if needed. Why it is missing or damaged, or None."""
+    """Download the file if needed. Returns why it is missing or damaged, or None."""
     if url is None and not path.exists():
         return f"{path} (MD5 {md5 or 'not known'}) is missing"
     part = path if path.exists() else path.with_name(f"{path.name}.part")
@@ -59,7 +60,7 @@ def fetch(path, md5, url):
             print(f"downloading {url}", flush=True)
             transfer(url, part)
     except (OSError, HTTPException) as error:
-        if getattr(error, "code", None) != 416:  # HTTP: the part is all there is
+        if getattr(error, "code", None) != 416:  # 416: the part is already the whole file
             return f"{path} (MD5 {md5}) is missing: {url} failed ({error}), run this again to go on"
     if not check_integrity(part, md5):
         return f"{part} is damaged or another file, its MD5 is not {md5}: move it away"
@@ -67,29 +68,29 @@ def fetch(path, md5, url):
 
 
 def transfer(url, part):
-    """Append to `part` what it lacks. A host that cannot continue a file sends all of it."""
+    """Download the rest of `part`, or all of it from a host that cannot continue a file."""
     done = part.stat().st_size if part.exists() else 0
     # some hosts refuse Python's own User-Agent
     request = Request(url, headers={"Range": f"bytes={done}-", "User-Agent": f"DDML/{VERSION}"})
     with urlopen(request, timeout=20) as response:  # seconds without a byte
-        if response.headers.get_content_type() == "text/html":  # must not replace the part
+        if response.headers.get_content_type() == "text/html":
             raise ConnectionError("a web page came instead of the file")
         done = done if response.status == 206 else 0
         rest = response.length or 0  # 0 where the host does not say
         if (free := shutil.disk_usage(part.parent).free) < (need := done + 2 * rest):
-            raise UserError(f"{part.parent}: unpacked, it takes {need:,} bytes; {free:,} are free")
+            raise UserError(f"{part.parent}: needs {need:,} bytes to unpack; {free:,} are free")
         chunks = iter(lambda: response.read(CHUNK), b"")
         with open(part, "ab" if done else "wb") as file:
             for chunk in progress(chunks, rest // CHUNK, f"{part.stem}, MiB"):
                 file.write(chunk)
-        if response.length:  # the bytes not read
+        if response.length:  # bytes that did not come
             raise ConnectionError(f"broken off {response.length:,} bytes before the end")
 
 
 def unpack(archive):
-    """Unpacks the folder named as the archive, beside it: all of it or nothing."""
+    """Unpack the folder with the archive's name beside it, all or nothing."""
     folder, temporary = archive.with_suffix(""), archive.with_name(f".{archive.name}.tmp")
-    # early releases of Python 3.10 and 3.11 have no filter; there, only the MD5 protects
+    # early releases of Python 3.10 and 3.11 have no filter; there only the MD5 protects
     safely = archive.suffix == ".tgz" and hasattr(tarfile, "data_filter")
     print(f"unpacking {archive}, which may then be deleted", flush=True)
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
@@ -103,7 +104,7 @@ def unpack(archive):
 
 
 def draw_kanji(root, characters, side):
-    """Draw what is not there yet, and count it; None: the default."""
+    """Draw the images unless some are there, and print their counts. None: the default."""
     kanji = dataset.kanji
     if (characters or side) and (root / "kanji").exists():
         raise UserError(f"{root / 'kanji'} is there already: delete it, or use another --data-root")
@@ -119,9 +120,9 @@ def main(argv=None):
     add("name", type=dataset.canonical_name, choices=NAMES, help="data set")
     add("--data-root", default="./data", help="folder of the data sets")
     add("--characters", type=at_least(2, maximum=dataset.kanji.ALL),
-        help=f"of kanji, by default {dataset.kanji.CHARACTERS}")  # fmt: skip
+        help=f"how many kanji to draw, by default {dataset.kanji.CHARACTERS}")  # fmt: skip
     add("--size", type=at_least(16, maximum=2**10),
-        help=f"side of kanji's images, by default {dataset.kanji.SIDE}")  # fmt: skip
+        help=f"side of kanji's images in pixels, by default {dataset.kanji.SIDE}")  # fmt: skip
     args = parser.parse_args(argv)
     root = Path(args.data_root)
     if root == Path("data") and not root.exists():
@@ -131,7 +132,7 @@ def main(argv=None):
     if args.name == "kanji":
         return draw_kanji(root, args.characters, args.size)
     if args.characters or args.size:
-        raise UserError(f"--characters and --size are kanji's; {args.name} has its own images")
+        raise UserError(f"--characters and --size are for kanji alone, not for {args.name}")
     if why_incomplete(args.name, root):
         obtain(args.name, root)
     for split, (images, classes) in dataset.module_of(args.name).PUBLISHED.items():

@@ -1,4 +1,4 @@
-"""Data sets that are drawn: NAME/images/CLASS/* below the data root, and NAME/factors.csv."""
+"""Drawn data sets: NAME/images/CLASS/* and NAME/factors.csv under the data root."""
 
 import csv
 import os
@@ -12,7 +12,7 @@ from utils import UserError
 def read(root, name):
     folder = Path(root, name, "images")
     if not folder.exists():
-        raise UserError(f"{folder}: not drawn yet; train.py --dataset {name} does, once there is "
+        raise UserError(f"{folder}: not drawn yet; train.py --dataset {name} draws it if there is "
                         f"no {folder.parent}")  # fmt: skip
     return halves(class_folders(folder), folder)
 
@@ -27,14 +27,14 @@ def folder_of(root, name):
 
 
 def write(folder, drawn):
-    """Write images/ and factors.csv into `folder`, all or nothing. drawn: CLASS/NAME, image,
-    {factor: value} of each."""
+    """Write images/ and factors.csv into `folder`, all or nothing. drawn: (CLASS/NAME, image,
+    {factor: value}) for each image."""
     unfinished, rows = folder.with_name(f".{folder.name}.{os.getpid()}.tmp"), []
     try:
         for name, image, values in drawn:
             path = unfinished / "images" / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path, quality=90)  # of JPEGs
+            image.save(path, quality=90)  # PNG ignores it
             rows.append({"path": f"images/{name}", **values})
         with open(unfinished / "factors.csv", "w", encoding="utf-8", newline="") as file:
             table = csv.DictWriter(file, rows[0], lineterminator="\n")

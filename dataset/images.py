@@ -13,9 +13,9 @@ from utils import progress
 
 
 class ImageSet(Dataset):
-    """`paths` and `labels` [N] of one split, and `classes`, the name of each label 0 .. C - 1;
-    item i is (RGB image after `transform`, label). The first `queries` images are queries, the rest
-    the gallery; None: each image queries all others. `background`: as in read_image."""
+    """One split: `paths` and `labels` [N], `classes`, the names of labels 0 .. C - 1. Item i is
+    (RGB image after `transform`, label). The first `queries` images are queries, the rest the
+    gallery; None: each image queries all others. `background`: as in read_image."""
 
     def __init__(self, items, transform=None, queries=None, background=None):
         self.paths = [path for path, _ in items]
@@ -35,13 +35,9 @@ class ImageSet(Dataset):
         """[(path, class name)]"""
         return list(zip(self.paths, (self.classes[label] for label in self.labels.tolist())))
 
-    def joined(self, other):
-        """Undoes hold_out, in another order."""
-        return ImageSet(self.items() + other.items(), background=self.background)
-
     def hold_out(self, fraction, fold):
-        """(rest, held): two ImageSets of whole classes. Folds are contiguous, each `fraction` of
-        the sorted classes; `held` has the `fold`-th, from 0. ValueError if there is none."""
+        """(rest, held): two ImageSets. The sorted classes are cut into folds, each a `fraction` of
+        them; `held` is fold number `fold`, from 0. ValueError if there is no such fold."""
         count, labels, items = len(self.classes), self.labels.tolist(), self.items()
         start, stop = (round(i * fraction * count) for i in (fold, fold + 1))
         if not 0 <= start < stop <= count:
@@ -56,17 +52,26 @@ class ImageSet(Dataset):
 
 
 def digest_of_names(sets):
-    """A digest of all images' folders, names and classes; the data root does not matter."""
-    digest = hashlib.sha256()
-    for images in sets:
-        for path, class_name in images.items():
-            name = f"{'/'.join(path.split('/')[-2:])} {class_name}\n"
-            digest.update(name.encode(errors="replace"))
-    return digest.hexdigest()
+    """A digest of all images' folders, names and classes, independent of the data root."""
+    return digest_of(f"{name}\n" for images in sets for name in names_in(images))
+
+
+def digest_of_contents(images, files):
+    """The same with `files` (from digests_of_files), and independent of the images' order."""
+    named = zip(names_in(images), files.tolist())
+    return digest_of(sorted(f"{name} {file}\n" for name, file in named))
+
+
+def names_in(images):
+    return [f"{'/'.join(path.split('/')[-2:])} {class_name}" for path, class_name in images.items()]
+
+
+def digest_of(lines):
+    return hashlib.sha256("".join(lines).encode(errors="replace")).hexdigest()
 
 
 def digests_of_files(paths):
-    """int64 [N]: the first 8 bytes of the SHA-256 of each file's content."""
+    """int64 [N]: the first 8 bytes of each file's SHA-256; a missing file counts as empty."""
 
     def digest(path):  # opening a pipe would wait forever
         data = Path(path).read_bytes() if os.path.isfile(path) else b""
@@ -78,40 +83,32 @@ def digests_of_files(paths):
 
 
 def trained_on(images):
-    """What a checkpoint keeps of an ImageSet: {"classes": [names], "files": int64 [N]}."""
+    """A checkpoint's record of its training images: {"classes": [names], "files": int64 [N]}."""
     return {"classes": images.classes, "files": digests_of_files(images.paths)}
 
 
 def union(parts):
-    """Several `trained_on` as one, without those that are None; None if all are."""
+    """One record of several from `trained_on`, without those that are None; None if all are."""
     known = [part for part in parts if part]
     return {"classes": sorted({name for part in known for name in part["classes"]}),
             "files": torch.cat([part["files"] for part in known])} if known else None  # fmt: skip
 
 
 def counts_of(images, known=None):
-    """{split: {"images", "classes", "digest"}} of {split: ImageSet}. "train + val": of both, the
-    same for every fold. Of all splits but these and train also how many are in `known`, a
-    `trained_on`: classes by name, images by content."""
+    """{split: {"images", "classes", "digest"}} of {split: ImageSet}. Beside val there is "train +
+    val", the same for every fold. `known`, a record from `trained_on`, adds to val and test how
+    many of their classes (by name) and images (by content) were trained on."""
     files = {split: digests_of_files(each.paths) for split, each in images.items()}
     if "val" in images:
-        images = images | {"train + val": images["train"].joined(images["val"])}
+        images = images | {"train + val": ImageSet(images["train"].items() + images["val"].items())}
         files["train + val"] = torch.cat([files["train"], files["val"]])
     counts = {}
     for split, each in images.items():
         counts[split] = {"images": len(each), "classes": len(each.classes),
-                         "digest": digest_of(each, files[split])}  # fmt: skip
+                         "digest": digest_of_contents(each, files[split])}  # fmt: skip
         if known and "train" not in split:
             counts[split]["trained_on"] = {
                 "classes": len({*each.classes} & {*known["classes"]}),
                 "images": int(torch.isin(files[split], known["files"]).sum()),
             }
     return counts
-
-
-def digest_of(images, files):
-    """A digest of folders, names, classes and content; the order and the data root do not matter.
-    files: of digests_of_files."""
-    lines = [f"{'/'.join(path.split('/')[-2:])} {class_name} {file}\n"
-             for (path, class_name), file in zip(images.items(), files.tolist())]  # fmt: skip
-    return hashlib.sha256("".join(sorted(lines)).encode(errors="replace")).hexdigest()

@@ -6,14 +6,14 @@ KS = (1, 10, 20, 30, 40, 50)
 # images, classes
 PUBLISHED = {"train": (25882, 3997), "query": (14218, 3985), "gallery": (12612, 3985)}
 SOURCE = "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html"
-FILES = {  # no MD5 is published that we know of
+FILES = {  # we know of no published MD5
     "Inshop_Clothes/Img/img.zip": (None, None),
     "Inshop_Clothes/Eval/list_eval_partition.txt": (None, None),
 }
 
 
 def read(root):
-    """In the list's order; images are in `Img/`, beside the list's folder."""
+    """Images are in the list's order. `Img/` is beside the list's folder."""
     file = first_existing(root, ("Inshop_Clothes/Eval/list_eval_partition.txt",), "Inshop")
 
     def parse(path, item, split):

@@ -18,7 +18,7 @@ FILES = {  # not by FTP: urllib cannot resume it
 
 
 def read(root):
-    """A class's name is its number, in five digits."""
+    """A class is named by its number, in five digits."""
     return {split: read_list(root, f"Ebay_{split}.txt") for split in ("train", "test")}
 
 
@@ -27,7 +27,7 @@ def read_list(root, name):
 
     def parse(image_id, class_id, super_class_id, path):
         if int(class_id) < 1:
-            raise ValueError("class ids are counted from 1")
+            raise ValueError("class numbers start at 1")
         return below(file.parent, path), f"{int(class_id):05d}"
 
     return parse_list(file, parse, "image_id class_id super_class_id path", header=1)

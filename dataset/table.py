@@ -4,20 +4,20 @@ import csv
 import os
 from pathlib import Path
 
-from dataset.files import halves, on_disk
+from dataset.files import found_and_missing, halves
 from utils import UserError, plural
 
 SUFFIXES = (".csv", ".tsv")
 KS = (1, 2, 4, 8)
-OWN = "dataset"  # the flag that says which images
+OWN = "dataset"  # the flag that says where they are
 SPLITS = ({"train", "test"}, {"train", "query", "gallery"})
 
 
 def read(file):
     """Paths are relative to the file. Without a split, the first half of the labels trains."""
     file = Path(file)
-    splits, line_of = opened(file, ("path", "label"))
-    _, missing = on_disk([(path, "") for path in line_of])
+    splits, line_of = parse_file(file, ("path", "label"))
+    _, missing = found_and_missing([(path, "") for path in line_of])
     if missing:
         such_as = ", ".join(f"line {line_of[path]} {path}" for path in missing[:5])
         raise UserError(f"{file}: {plural(len(missing), 'listed file')} not there: {such_as}; "
@@ -26,13 +26,13 @@ def read(file):
 
 
 def read_gallery(file):
-    """[(path, label or "")] of a list that needs no labels, and whose files may be gone."""
-    splits, _ = opened(Path(file), ("path",))
+    """[(path, label or "")] of a list. It needs no labels, and its files may be missing."""
+    splits, _ = parse_file(Path(file), ("path",))
     return [item for items in splits.values() for item in items]
 
 
-def opened(file, needed):
-    """`parse` of a file."""
+def parse_file(file, needed):
+    """As `parse`; `needed`: the columns that the list must have."""
     try:
         with open(file, encoding="utf-8-sig", newline="") as text:
             return parse(file, text, needed)
@@ -43,7 +43,7 @@ def opened(file, needed):
 
 
 def parse(file, text, needed):
-    """{split: [(path, label)]}, with the split "" if there is no such column; {path: line}."""
+    """({split: [(path, label)]}, {path: its line}); the split is "" without that column."""
     splits, line_of = {}, {}
     folder = os.path.join(os.path.abspath(file.parent), "")
     delimiter, name = ("\t", "tabs") if file.suffix.lower() == ".tsv" else (",", "commas")
@@ -75,7 +75,7 @@ def parse(file, text, needed):
                 refuse(f"{row['path']} is in line {line_of[path]} already; delete one of them")
             line_of[path] = rows.line_num
             splits.setdefault(split, []).append((path, label))
-    except csv.Error as error:  # nobody knows where a quote should have ended
+    except csv.Error as error:  # a missing quote is found at the end of the file, not at its line
         raise UserError(f"{file}, after line {rows.line_num}: {error}; check its quotes") from error
     if not splits:
         refuse("no images follow; a line names one, as in `birds/wren 1.jpg,wren`")

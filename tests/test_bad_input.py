@@ -219,7 +219,7 @@ TREES = [
     (cars_mat(annotations=np.eye(3)),                         "cars_annos.mat: not the MATLAB"),
     (cars_mat(annotations=record(path="a.jpg")),              "cars_annos.mat: not the MATLAB"),
     (cars_mat(annotations=record(path="../a.jpg", **FIELDS)), "leaves the data set's folder"),
-    (cars_mat(annotations=record(path="a.jpg", **FIELDS | {"class": 0})), "counted from 1"),
+    (cars_mat(annotations=record(path="a.jpg", **FIELDS | {"class": 0})), "start at 1"),
     (without(make_cars_devkit, "devkit/cars_test_annos_withlabels.mat", "cars"),
      "cars_test_annos_withlabels.mat"),
     (without(make_cars, "car_ims", "cars"),                   "none of the listed files is there"),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import dataset
 import evaluate
 import train
-from dataset.images import ImageSet, digest_of, digests_of_files
+from dataset.images import ImageSet, digest_of_contents, digests_of_files
 from loading.loader import Loading, batches, test_loader
 from net import load_model
 from retrieval import calibrate as calibrate_module
@@ -181,7 +181,7 @@ def test_a_run_with_held_out_classes_is_calibrated_on_these(held_out, capsys):
     _, val = dataset.load("cub", "data", "train").hold_out(0.5, 1)
     assert found["computed_on"] == {
         "dataset": "cub", "data_root": "./data", "split": "held-out classes", "images": 40,
-        "classes": 4, "digest": digest_of(val, digests_of_files(val.paths)),
+        "classes": 4, "digest": digest_of_contents(val, digests_of_files(val.paths)),
         "trained_on": {"classes": 0, "images": 0}, "checkpoint": best.name, "epoch": 0,
     }  # fmt: skip
     cpu = torch.device("cpu")

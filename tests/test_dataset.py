@@ -55,7 +55,7 @@ def halves(name, root):
 
 
 @pytest.mark.parametrize("name, make, folder", LAYOUTS)
-def test_layout_loads_with_its_halves_of_the_classes(tmp_path, name, make, folder):
+def test_every_layout_loads_the_published_halves_of_the_classes(tmp_path, name, make, folder):
     train, test = halves(name, make(tmp_path, folder))
     for images in (train, test):
         assert len(images) == 2 * PER_CLASS
@@ -107,7 +107,7 @@ def test_a_subset_keeps_the_published_split(tmp_path, capsys, name, make, unseen
     assert len(train.classes) == 1 and set(test.classes) == unseen
     for path in list(tmp_path.rglob(f"{train.classes[0]}/*")):
         path.unlink()
-    with pytest.raises(UserError, match=f"{name} train: there are no images, only test; add some"):
+    with pytest.raises(UserError, match="train: there are no images, only for test; add some"):
         dataset.load(name, tmp_path, "train")
     assert set(dataset.load(name, tmp_path, "test").classes) == unseen
     assert set(dataset.load(name, tmp_path, "all").classes) == unseen
@@ -131,7 +131,7 @@ def test_labels_index_the_classes(tmp_path, name, make, class_of):
             assert images.classes[label] == class_of(Path(path))
 
 
-def test_a_data_set_of_ones_own_is_a_module_with_read_and_ks(tmp_path, monkeypatch):
+def test_a_module_with_read_and_ks_is_a_data_set(tmp_path, monkeypatch):
     write_image(tmp_path / "a.jpg", seed=0)
     items = [(str(tmp_path / "a.jpg"), name) for name in ("wren", "auk")]
     own = SimpleNamespace(read=lambda root: {"train": items}, KS=(1,))
@@ -141,7 +141,7 @@ def test_a_data_set_of_ones_own_is_a_module_with_read_and_ks(tmp_path, monkeypat
     assert dataset.ks("own") == [1] and dataset.ks("own", [8, 2]) == [2, 8]
 
 
-def test_mac_leftovers_and_files_beside_the_class_folders_are_no_images(tmp_path):
+def test_mac_leftovers_and_files_beside_the_class_folders_are_skipped(tmp_path):
     write_image(make_cub(tmp_path) / "CUB_200_2011/images/cover.jpg", seed=0)
     names = {Path(path).name for path in dataset.load("cub", tmp_path, "train").paths}
     assert names == {f"Bird_{i:04d}.jpg" for i in range(PER_CLASS)}
@@ -166,7 +166,7 @@ def test_cars_devkit_splits_by_class_over_both_folders(tmp_path):
     assert {Path(path).parent.name for path in train.paths} == {"cars_train", "cars_test"}
 
 
-def test_files_that_the_disk_lacks_are_left_out_and_labels_have_no_gap(tmp_path):
+def test_missing_files_are_left_out_and_labels_stay_contiguous(tmp_path):
     make_sop(tmp_path)
     for path in (tmp_path / SOP / "bicycle_final").glob("2_*"):
         path.unlink()
@@ -175,7 +175,7 @@ def test_files_that_the_disk_lacks_are_left_out_and_labels_have_no_gap(tmp_path)
     assert train.labels.unique().tolist() == [0, 1, 2]
 
 
-def test_a_list_of_which_no_file_is_there_is_a_user_error_that_names_one(tmp_path):
+def test_a_list_whose_files_are_all_missing_is_a_user_error_that_names_one(tmp_path):
     make_sop(tmp_path)
     for path in (tmp_path / SOP / "bicycle_final").glob("*"):
         path.unlink()
@@ -183,7 +183,7 @@ def test_a_list_of_which_no_file_is_there_is_a_user_error_that_names_one(tmp_pat
         dataset.load("SOP", tmp_path, "train")
 
 
-def test_counts_that_differ_from_the_published_are_one_warning_line(tmp_path, capsys):
+def test_counts_unlike_the_published_ones_are_warned_of_in_one_line(tmp_path, capsys):
     dataset.load("cub", make_cub(tmp_path), "train")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
@@ -229,7 +229,7 @@ def test_pixels_are_rgb_bytes_rows_first():
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [224, 64, 33])
 @pytest.mark.parametrize("sides", [(400, 300), (301, 407), (259, 256), (40, 31)])
-def test_an_image_is_tested_as_torchvision_resizes_and_crops_it(sides, size, interpolation):
+def test_a_test_image_is_resized_and_cropped_as_by_torchvision(sides, size, interpolation):
     mode = v2.InterpolationMode(interpolation)
     theirs = v2.Compose([v2.Resize(size * 256 // 224, mode), v2.CenterCrop(size), to_pixels])
     image = noise(*sides)
@@ -256,7 +256,7 @@ class SameNumbers:
 
 
 @pytest.mark.parametrize("sides", [(90, 400), (300, 200), (1000, 9), (9, 1000), (500, 50), (1, 2)])
-def test_boxes_are_torchvisions_and_half_of_them_are_flipped(monkeypatch, sides):
+def test_crop_boxes_equal_torchvisions_and_half_are_flipped(monkeypatch, sides):
     image, flips = Image.new("RGB", sides), []
     for numbers in random_numbers(1, 0, 200).tolist():
         monkeypatch.setattr(torchvision.transforms.transforms, "torch", SameNumbers(numbers))
@@ -268,7 +268,7 @@ def test_boxes_are_torchvisions_and_half_of_them_are_flipped(monkeypatch, sides)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_augmented_pixels_are_torchvisions(interpolation):
+def test_augmented_pixels_equal_torchvisions(interpolation):
     image, mode = noise(400, 90), v2.InterpolationMode(interpolation)
     for numbers in random_numbers(1, 0, 10).tolist():
         box, flip = draw(numbers, image.size)
@@ -278,7 +278,7 @@ def test_augmented_pixels_are_torchvisions(interpolation):
         assert torch.equal(ours, to_pixels(theirs))
 
 
-def test_what_is_drawn_is_a_function_of_seed_epoch_and_place():
+def test_augmentation_depends_on_seed_epoch_and_position_alone():
     state = torch.get_rng_state()
     first = random_numbers(1, 2, 50)
     others = [first, random_numbers(0, 2, 50), random_numbers(1, 0, 50)]
@@ -315,7 +315,7 @@ def test_a_batch_is_pixels_labels_and_the_index_of_each_image(cub):
         assert torch.equal(pixels[0], crop_and_flip(image, *drawn, 32))
 
 
-def test_every_image_is_tested_once_in_order(cub):
+def test_the_test_loader_yields_every_image_once_in_order(cub):
     tested = list(batches(test_loader(cub, 8, ALONE), CPU))
     assert [len(labels) for _, labels, _ in tested] == [8, 8, 4]
     pixels, labels, index = (torch.cat(part) for part in zip(*tested))
@@ -323,7 +323,7 @@ def test_every_image_is_tested_once_in_order(cub):
     assert torch.equal(pixels[17], resize_and_crop(read_image(cub.paths[17]), 32))
 
 
-def test_batches_are_resized_by_the_interpolation_asked_for(cub):
+def test_batches_use_the_given_interpolation(cub):
     def images(interpolation):
         loading = Loading(32, 0, CPU, interpolation)
         yield next(batches(train_loader(cub, 8, 1, loading), CPU))[0]
@@ -342,7 +342,7 @@ def test_batches_are_the_same_for_any_number_of_workers(cub, images_per_class):
     assert not equal(alone, epoch_batches(cub, 4, images_per_class=images_per_class))
 
 
-def test_batches_after_earlier_epochs_are_those_of_a_fresh_loader(cub):
+def test_a_loader_used_before_yields_the_same_epoch_as_a_fresh_one(cub):
     loader = train_loader(cub, 8, 1, Loading(32, 2, CPU))
     for epoch in range(2):
         loader.batch_sampler.set_epoch(epoch)
@@ -373,7 +373,7 @@ def test_order_changes_with_the_epoch_and_with_the_seed(cub, images_per_class):
     assert len(set(map(tuple, orders))) == 4
 
 
-def test_the_rest_of_an_epoch_is_what_the_whole_one_ends_in(cub):
+def test_an_epoch_continued_in_the_middle_yields_the_remaining_batches(cub):
     loader = train_loader(cub, 4, 1, ALONE, images_per_class=2)
     loader.batch_sampler.set_epoch(3)
     whole = list(batches(loader, CPU))
@@ -382,7 +382,7 @@ def test_the_rest_of_an_epoch_is_what_the_whole_one_ends_in(cub):
     assert (len(whole), len(rest)) == (5, 3) and equal(whole[2:], rest)
 
 
-def test_files_are_those_of_the_batch(cub):
+def test_files_names_the_images_of_the_batch(cub):
     assert EpochBatches(cub, 8, seed=1).files(2, 1) == [cub.paths[i] for i in order_of(cub, 2)[8:]]
 
 
@@ -399,7 +399,7 @@ def test_balanced_batches_draw_with_replacement_from_small_classes(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_workers_unreadable_image_reaches_the_user_as_a_user_error(cub, workers):
+def test_an_unreadable_image_in_a_worker_is_a_user_error(cub, workers):
     Path(cub.paths[3]).write_bytes(b"torn")
     with pytest.raises(UserError, match=cub.paths[3]):
         list(batches(test_loader(cub, 8, Loading(32, workers, CPU)), CPU))

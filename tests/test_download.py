@@ -163,7 +163,7 @@ def test_a_data_set_that_is_there_is_left_alone(root, offer, host, capsys):
     assert "cub test: 20 images of 2 classes, as published" in capsys.readouterr().out
 
 
-def test_an_archive_with_another_md5_is_one_line_and_stays(root, offer, host, capsys):
+def test_an_archive_with_a_wrong_md5_is_refused_and_kept(root, offer, host, capsys):
     offer("cub")
     archive = root / f"{CUB}.tgz"
     archive.write_bytes(b"of another year")
@@ -174,7 +174,7 @@ def test_an_archive_with_another_md5_is_one_line_and_stays(root, offer, host, ca
     assert not host.asked and names(root) == [archive.name]
 
 
-def test_a_transfer_that_breaks_off_goes_on_where_it_was_when_it_is_run_again(
+def test_an_interrupted_download_continues_when_run_again(
     root, offer, host, capsys
 ):
     offer("cub")
@@ -188,7 +188,7 @@ def test_a_transfer_that_breaks_off_goes_on_where_it_was_when_it_is_run_again(
     assert names(root) == [CUB, f"{CUB}.tgz"]
 
 
-def test_a_host_that_cannot_continue_a_file_is_asked_for_all_of_it(root, offer, host):
+def test_a_host_without_range_requests_sends_the_whole_file_again(root, offer, host):
     offer("cub")
     host.continues = False
     (root / f"{CUB}.tgz.part").write_bytes(host.content[:1000])
@@ -196,7 +196,7 @@ def test_a_host_that_cannot_continue_a_file_is_asked_for_all_of_it(root, offer, 
     assert host.asked == ["bytes=1000-"] and (root / f"{CUB}.tgz").read_bytes() == host.content
 
 
-def test_a_host_without_the_file_is_one_line_that_says_what_to_get_by_hand(
+def test_a_file_missing_on_the_host_is_named_with_where_to_get_it_by_hand(
     root, offer, host, capsys
 ):
     offer("SOP")
@@ -204,7 +204,7 @@ def test_a_host_without_the_file_is_one_line_that_says_what_to_get_by_hand(
     line = fails_to_get("SOP", root, capsys)
     assert f"{root / SOP}.zip (MD5 {md5_of(host.content)}) is missing" in line
     assert f"{host.url} failed (HTTP Error 404" in line
-    assert "by hand, get it from ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip" in line
+    assert "get it by hand from ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip" in line
     assert len(host.asked) == 1 and names(root) == []
 
 
@@ -222,7 +222,7 @@ def test_damaged_bytes_never_become_the_archive(root, offer, host, capsys):
     assert names(root) == [CUB, f"{CUB}.tgz"]
 
 
-def test_a_page_instead_of_the_file_does_not_replace_what_came_before(root, offer, host, capsys):
+def test_a_web_page_instead_of_the_file_does_not_replace_the_part(root, offer, host, capsys):
     offer("SOP")
     part = root / f"{SOP}.zip.part"
     part.write_bytes(host.content[:1000])
@@ -231,17 +231,17 @@ def test_a_page_instead_of_the_file_does_not_replace_what_came_before(root, offe
     assert part.read_bytes() == host.content[:1000]
 
 
-def test_room_on_the_disk_is_looked_at_before_anything_is_written(
+def test_free_disk_space_is_checked_before_anything_is_written(
     root, offer, host, monkeypatch, capsys
 ):
     offer("cub")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     line = fails_to_get("cub", root, capsys)
-    assert f"{root}: unpacked, it takes {2 * len(host.content):,} bytes; 1,000 are free" in line
+    assert f"{root}: needs {2 * len(host.content):,} bytes to unpack; 1,000 are free" in line
     assert names(root) == []
 
 
-def test_an_unpacking_that_ends_early_is_not_taken_for_a_data_set(
+def test_an_interrupted_unpacking_leaves_no_partial_data_set(
     root, offer, host, monkeypatch, capsys
 ):
     offer("cub")
@@ -272,24 +272,24 @@ def test_an_archive_cannot_write_outside_the_data_root(root, offer, archives, ca
     assert not list(root.parent.rglob("evil")) and names(root) == [f"{CUB}.tgz"]
 
 
-def test_a_part_of_a_data_set_is_named_and_stays(root, offer, host, capsys):
+def test_an_incomplete_data_set_is_refused_and_kept(root, offer, host, capsys):
     offer("cub")
     make_cub(root, f"{CUB}/images", classes=3)
     before = snapshot(root)
     line = fails_to_get("cub", root, capsys)
     assert "cub train: found 10 images of 1 class, the published split has 20 images" in line
-    assert line.endswith(f"move away what came of {root / CUB}.tgz")
+    assert line.endswith(f"move away what was unpacked from {root / CUB}.tgz")
     assert snapshot(root) == before and not host.asked
 
 
-def test_cars_are_got_by_hand_checked_and_unpacked(root, by_hand, archives, tmp_path, capsys):
+def test_cars_got_by_hand_are_checked_and_unpacked(root, by_hand, archives, tmp_path, capsys):
     annotations = (make_cars(tmp_path / "made") / "cars_annos.mat").read_bytes()
     files = {"car_ims.tgz": archives["cars"], "cars_annos.mat": annotations}
     md5s = {file: md5_of(data) for file, data in files.items()}
     by_hand("cars", md5s)
     line = fails_to_get("car", root, capsys)
     assert all(f"{root / file} (MD5 {md5}) is missing" in line for file, md5 in md5s.items())
-    assert "by hand, get it from a copy of http://ai.stanford.edu/~jkrause/car196/" in line
+    assert "get it by hand from a copy of http://ai.stanford.edu/~jkrause/car196/" in line
     (root / "car_ims.tgz").write_bytes(files["car_ims.tgz"])
     line = fails_to_get("car", root, capsys)
     assert "car_ims.tgz" not in line and "cars_annos.mat" in line
@@ -303,13 +303,13 @@ def test_cars_are_got_by_hand_checked_and_unpacked(root, by_hand, archives, tmp_
     assert "cars test: 20 images of 2 classes, as published" in capsys.readouterr().out
 
 
-def test_inshop_is_got_by_hand_and_checked_by_its_counts(
+def test_inshop_got_by_hand_is_checked_by_its_counts(
     root, by_hand, archives, tmp_path, capsys, monkeypatch
 ):
     by_hand("Inshop", {IMAGES: None, LIST: None})
     line = fails_to_get("inshop", root, capsys)
     assert all(f"{root / file} (MD5 not known) is missing" in line for file in (IMAGES, LIST))
-    assert f"by hand, get it from {dataset.inshop.SOURCE}" in line
+    assert f"get it by hand from {dataset.inshop.SOURCE}" in line
     for file in (IMAGES, LIST):
         (root / file).parent.mkdir(parents=True)
     (root / IMAGES).write_bytes(archives["Inshop"])
@@ -320,10 +320,10 @@ def test_inshop_is_got_by_hand_and_checked_by_its_counts(
     monkeypatch.setitem(dataset.inshop.PUBLISHED, "query", (8, 4))
     line = fails_to_get("inshop", root, capsys)
     assert "Inshop query: found 7 images of 4 classes, the published split has 8 images" in line
-    assert f"move away what came of {root / IMAGES} and {root / LIST}" in line
+    assert f"move away what was unpacked from {root / IMAGES} and {root / LIST}" in line
 
 
-def test_an_archive_that_cannot_be_unpacked_is_one_line(root, by_hand, archives, capsys):
+def test_an_archive_that_cannot_be_unpacked_ends_in_one_line(root, by_hand, archives, capsys):
     by_hand("Inshop", {IMAGES: None})
     (root / IMAGES).parent.mkdir(parents=True)
     for content in (b"", b"no archive", archives["Inshop"][:-500], archives["SOP"]):
@@ -333,13 +333,13 @@ def test_an_archive_that_cannot_be_unpacked_is_one_line(root, by_hand, archives,
 
 
 @pytest.mark.parametrize("name", ["demo", "folder", "list.csv", "birds"])
-def test_what_cannot_be_downloaded_is_refused_in_one_line(here, capsys, name):
+def test_a_name_without_a_download_is_refused_in_one_line(here, capsys, name):
     line = fails(name, capsys, download.main)
     assert name in line and "choose from" in line
     assert not Path("data").exists()
 
 
-def test_only_the_usual_data_root_is_made(here, offer, capsys):
+def test_only_the_default_data_root_is_created(here, offer, capsys):
     offer("cub")
     assert "--data-root nowhere: no such folder" in fails_to_get("cub", "nowhere", capsys)
     download.main(["cub"])

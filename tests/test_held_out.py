@@ -1,4 +1,4 @@
-"""Numbers one may quote: held-out classes choose, test images are used once, training adds."""
+"""Held-out classes choose the epoch, and the test images are evaluated once, at the end."""
 
 import json
 import shlex
@@ -10,10 +10,8 @@ import torch
 import compare
 import evaluate
 import train
-from dataset.images import ImageSet
 from retrieval.metrics import precision_at_r
 from runs import start
-from runs.checks import hold_out
 from runs.results import remarks_on, results_of
 from tests.conftest import TINY, checkpoint_of, fails, make_cub, make_folder, metrics, run_folder
 
@@ -30,7 +28,7 @@ def results_in(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_held_out_classes_choose_the_epoch_and_test_images_are_needed_at_the_end_alone(
+def test_held_out_classes_choose_the_epoch_and_test_images_are_read_only_at_the_end(
     here, monkeypatch
 ):
     names = [f"class {number}" for number in range(8)]
@@ -66,18 +64,6 @@ def test_held_out_classes_choose_the_epoch_and_test_images_are_needed_at_the_end
     assert "best by MAP@R of held-out classes; test images had no part in that" in text
 
 
-def test_folds_are_disjoint_by_class_and_cover_all():
-    images = ImageSet([(f"{c}/{i}.jpg", f"{c:02d}") for c in range(18) for i in range(2)])
-    args = train.build_parser().parse_args(["--val-classes", "0.25"])
-    seen = []
-    for args.fold in range(4):
-        sides = hold_out(args, images)
-        assert not set(sides["train"].classes) & set(sides["val"].classes)
-        assert sorted(sides["train"].paths + sides["val"].paths) == sorted(images.paths)
-        seen += sides["val"].classes
-    assert seen == images.classes
-
-
 def test_patience_ends_a_run_that_gets_no_better_and_resume_says_it_is_finished(cub, here, capsys):
     flags = HELD + "--patience 2 --lr 0 --epochs 50 "
     train.main(shlex.split(flags))
@@ -102,7 +88,7 @@ def test_a_run_killed_before_its_test_is_left_out_by_compare(cub, capsys, monkey
     assert " 2x1    chosen " in capsys.readouterr().out
 
 
-def test_a_run_with_held_out_classes_that_is_continued_ends_as_one_left_alone(cub, here):
+def test_a_continued_run_with_held_out_classes_ends_as_an_uninterrupted_one(cub, here):
     train.main(shlex.split(HELD + "--LOG_DIR whole"))
     train.main(shlex.split(HELD + "--epochs 1"))
     train.main(shlex.split(HELD + "--resume"))
@@ -110,14 +96,14 @@ def test_a_run_with_held_out_classes_that_is_continued_ends_as_one_left_alone(cu
     assert whole == continued
 
 
-def test_the_row_before_training_is_the_network_that_does_not_learn(cub, here):
+def test_with_lr_0_the_scores_before_training_equal_the_last(cub, here):
     train.main(shlex.split(TINY + "--lr 0 --weight-decay 0"))
     results = results_in(run_folder(here))
     assert results["start"]["metrics"] == results["last"]["metrics"]
     assert results["start"]["epoch"] is None
 
 
-def test_a_training_that_made_things_worse_says_so():
+def test_a_last_epoch_worse_than_the_start_is_remarked_on():
     history = [{"epoch": 0, "R@1": 30.0}, {"epoch": 1, "R@1": 20.0}]
     worse = "The last epoch is below the network that training started from: R@1 20.00 after"
     assert remarks_on(results_of(history, {"R@1": 25.0}))[-1].startswith(worse)
@@ -125,7 +111,7 @@ def test_a_training_that_made_things_worse_says_so():
     assert len(remarks_on(results_of(history))) == 1
 
 
-def test_random_weights_that_are_held_still_are_warned_of(cub, capsys):
+def test_frozen_random_weights_are_warned_of(cub, capsys):
     train.main(shlex.split(TINY + "--epochs 1"))
     assert "use --warm 0 --bn-freeze 0" in capsys.readouterr().err
     train.main(shlex.split(TINY + "--epochs 1 --warm 0 --bn-freeze 0"))
@@ -141,12 +127,12 @@ def test_random_weights_that_are_held_still_are_warned_of(cub, capsys):
     ("--fold 1",                           "--fold: needs --val-classes"),
     ("--val-classes 0.5 --train-on all",   "leaves no class for --val-classes"),
 ])  # fmt: skip
-def test_a_bad_way_to_choose_ends_in_one_line(cub, here, capsys, flags, line):
+def test_bad_flags_of_held_out_classes_end_in_one_line(cub, here, capsys, flags, line):
     assert line in fails(TINY + flags, capsys)
     assert not (here / "logs").exists()
 
 
-def test_a_changed_python_file_anywhere_in_the_repository_is_told_and_a_changed_readme_is_not(
+def test_uncommitted_changes_are_those_of_python_files_and_not_of_the_readme(
     here, monkeypatch
 ):
     (here / "runs").mkdir()
@@ -179,7 +165,7 @@ def test_a_fold_of_one_class_is_refused_where_another_has_two(here, capsys):
     train.main(shlex.split(flags + "0"))
 
 
-def test_map_at_r_is_that_of_the_held_out_images(cub, here, monkeypatch):
+def test_map_at_r_is_computed_on_the_held_out_images(cub, here, monkeypatch):
     seen = []
     monkeypatch.setattr("retrieval.evaluate.precision_at_r",
                         lambda x, y, *rest: seen.append(len(x)) or precision_at_r(x, y, *rest))

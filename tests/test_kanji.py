@@ -24,7 +24,7 @@ def latin(tmp_path, monkeypatch):
     """matplotlib's fonts for the fourteen, letters for kanji, and an empty data root."""
     monkeypatch.setattr(kanji, "FOLDERS", (matplotlib.get_data_path(), "~/no/such/folder"))
     monkeypatch.setattr(kanji, "FONTS", FONTS)
-    monkeypatch.setattr(kanji, "chosen", lambda count: list("ABCDEFGHIJKL")[:count])
+    monkeypatch.setattr(kanji, "choose_characters", lambda count: list("ABCDEFGHIJKL")[:count])
     (tmp_path / "data").mkdir()
     return tmp_path / "data"
 
@@ -42,7 +42,7 @@ def faces(root):
 
 
 def test_the_characters_are_level_1_without_those_that_share_a_picture():
-    everything = kanji.chosen(kanji.ALL)
+    everything = kanji.choose_characters(kanji.ALL)
     assert len(set(everything)) == kanji.ALL == 2965 - len(kanji.TWINS)
     assert not set(kanji.TWINS) & set(everything) and set("亜腕一") <= set(everything)
     assert {character.encode("iso2022_jp")[:3] for character in everything} == {b"\x1b$B"}
@@ -50,10 +50,10 @@ def test_the_characters_are_level_1_without_those_that_share_a_picture():
     assert rows == set(range(16, 48))
 
 
-def test_the_same_characters_are_chosen_everywhere_and_are_in_order_of_code_point():
-    default = kanji.chosen(kanji.CHARACTERS)
+def test_the_chosen_characters_are_fixed_and_in_order_of_code_point():
+    default = kanji.choose_characters(kanji.CHARACTERS)
     assert len(default) == 700 and default == sorted(default)
-    assert set(default) < set(kanji.chosen(701))
+    assert set(default) < set(kanji.choose_characters(701))
     assert "".join(default[::100]) == "丁咋年析犯缶資"
 
 
@@ -72,9 +72,9 @@ def test_a_picture_is_black_in_the_middle_of_white_and_its_ink_is_counted(latin)
         assert float(row["ink"]) == pytest.approx((np.asarray(image) < 128).mean(), abs=1e-4)
 
 
-def test_what_a_font_lacks_is_left_out(latin, monkeypatch):
+def test_characters_that_a_font_lacks_are_left_out(latin, monkeypatch):
     arabic = "\u0639"  # DejaVuSans and its Mono have it
-    monkeypatch.setattr(kanji, "chosen", lambda count: ["A", "B", " ", "\u4e9c", arabic])
+    monkeypatch.setattr(kanji, "choose_characters", lambda count: ["A", "B", " ", "\u4e9c", arabic])
     kanji.prepare(latin)
     assert faces(latin) == {"A": 3, "B": 3, arabic: 2}
     assert len(factors(latin, "kanji")) == 8
@@ -152,7 +152,7 @@ def test_missing_fonts_are_one_line_that_names_the_packages(latin, monkeypatch, 
     assert not list(latin.iterdir())
 
 
-def test_download_draws_and_counts_in_other_sizes_too(latin, capsys):
+def test_download_draws_and_counts_other_numbers_and_sizes(latin, capsys):
     command = f"kanji --data-root {latin} --characters 5 --size 32"
     download.main(shlex.split(command))
     assert capsys.readouterr().out.splitlines()[1:] == [
@@ -165,7 +165,7 @@ def test_download_draws_and_counts_in_other_sizes_too(latin, capsys):
     download.main(["kanji", "--data-root", str(latin)])  # what is there is taken as it is
     assert snapshot(latin) == before
     line = fails(f"cub --data-root {latin} --size 32", capsys, download.main)
-    assert "--characters and --size are kanji's" in line
+    assert "--characters and --size are for kanji alone" in line
 
 
 # --- the demo's factors ------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_the_demos_factors_are_those_of_its_pixels(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["demo", "kanji"])
-def test_the_folder_of_the_drawing_itself_is_no_data_root(latin, monkeypatch, capsys, name):
+def test_the_folder_of_a_drawn_data_set_is_refused_as_data_root(latin, monkeypatch, capsys, name):
     monkeypatch.setattr(demo, "IMAGES_PER_CLASS", 1)
     dataset.prepare(name, latin)
     line = fails(f"--dataset {name} --data-root {latin / name}", capsys)

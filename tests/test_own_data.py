@@ -1,4 +1,4 @@
-"""Images of one's own, and query against gallery: from the command line to the same recalls."""
+"""Users' own images, and query against gallery, from the command line to the same recalls."""
 
 import csv
 import json
@@ -84,7 +84,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_ones_own_images_train_resume_and_evaluate_to_the_same_recalls(here, capsys, form):
+def test_own_images_train_resume_and_evaluate_to_the_same_recalls(here, capsys, form):
     root = Path("my data")
     made = FORMS[form](make_folder(root))
     place = root / "halves" if form == "train and test" else root
@@ -109,7 +109,7 @@ def test_ones_own_images_train_resume_and_evaluate_to_the_same_recalls(here, cap
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_images_are_those_named_with_their_classes(tmp_path, form):
+def test_folders_and_lists_give_the_images_and_classes_that_they_name(tmp_path, form):
     root = tmp_path / "my data"
     made = FORMS[form](make_folder(root))
     place = root / "halves" if form == "train and test" else root
@@ -171,7 +171,7 @@ def test_inshop_trains_resumes_and_evaluates_queries_against_the_gallery(here, c
     assert found["R@1"] == pytest.approx(100 * sum(hits) / len(hits))
 
 
-def test_inshop_is_known_to_dataset_check(tmp_path, capsys):
+def test_dataset_check_counts_the_images_of_inshop(tmp_path, capsys):
     make_inshop(tmp_path)
     status = check.main(["--dataset", "Inshop", "--data-root", str(tmp_path), "--workers", "0"])
     out = capsys.readouterr().out
@@ -185,7 +185,7 @@ def test_inshop_is_known_to_dataset_check(tmp_path, capsys):
 @pytest.mark.parametrize("name, make", [
     ("cub", make_cub), ("SOP", make_sop), ("Inshop", make_inshop), ("folder", make_folder),
 ])  # fmt: skip
-def test_folds_are_whole_contiguous_classes_and_together_all_of_them(tmp_path, name, make):
+def test_folds_are_contiguous_whole_classes_and_cover_all(tmp_path, name, make):
     make(tmp_path)
     images = dataset.load(name, tmp_path, "train")
     seen = []
@@ -229,7 +229,7 @@ def said(capsys, flags, main=train.main):
     return [line for line in capsys.readouterr().err.splitlines() if "--weights none" not in line]
 
 
-def test_what_is_skipped_in_a_folder_is_counted_in_one_line(here, capsys):
+def test_skipped_files_of_a_folder_are_counted_in_one_line(here, capsys):
     root = make_folder(here / "data")
     (root / "猫/a.jfif").write_bytes((root / "猫/фото 1.jpg").read_bytes())
     (root / "猫/b.jfif").write_bytes(b"x")
@@ -244,13 +244,13 @@ def test_what_is_skipped_in_a_folder_is_counted_in_one_line(here, capsys):
     assert "*.jfif (2, such as data/猫/a.jfif)" in line and "*.MOV (1" in line
     assert "folders inside a class folder (2, such as data/__MACOSX/猫)" in line
     assert "empty class folders (1, such as data/nothing)" in line
-    assert "images are CLASS/NAME, and end in" in line and " .jpeg .jpg .pgm" in line
+    assert "images are named CLASS/NAME and end in" in line and " .jpeg .jpg .pgm" in line
     assert "DS_Store" not in line
     (same,) = said(capsys, "--dataset folder --workers 0", check.main)
     assert same == line
 
 
-def test_classes_that_cannot_be_matched_or_are_not_unseen_are_named(here, capsys):
+def test_classes_without_a_match_or_seen_in_training_are_named(here, capsys):
     root = here / "data"
     make_folder(root / "train", ["a", "b"], per_class=8)
     write_image(root / "train/lone/1.jpg", seed=300)
@@ -265,7 +265,7 @@ def test_classes_that_cannot_be_matched_or_are_not_unseen_are_named(here, capsys
     ]
 
 
-def test_a_test_split_in_which_nothing_matches_is_said_to_be_one(here, capsys):
+def test_a_test_split_without_any_match_is_warned_of(here, capsys):
     root = here / "data"
     make_folder(root / "train", ["a", "b"])
     make_folder(root / "test", ["c", "d", "e", "f", "g", "h"], per_class=1, first=3)
@@ -282,7 +282,7 @@ def test_a_label_with_one_image_in_a_list_is_named(here, capsys):
     assert lines[0].startswith("warning: list t") and lines[0].endswith(f": {rows[1][1]}")
 
 
-def test_what_is_beside_train_and_test_is_said_and_a_class_may_be_called_train(here, capsys):
+def test_folders_beside_train_and_test_are_warned_of_and_a_class_may_be_called_train(here, capsys):
     make_split_folder(here / "data")
     make_folder(here / "data/val")
     (line,) = said(capsys, OWN + "--dataset folder --epochs 1")
@@ -291,7 +291,7 @@ def test_what_is_beside_train_and_test_is_said_and_a_class_may_be_called_train(h
     assert dataset.load("folder", here / "vehicles", "test").classes == ["train", "tram"]
 
 
-def test_evaluate_says_when_a_folder_is_another_one(here, capsys):
+def test_evaluate_says_when_it_tests_on_another_folder(here, capsys):
     for place in "ab":
         make_folder(here / place)
     train.main(shlex.split(OWN + "--dataset folder --data-root a --epochs 1 --train-on all"))
@@ -419,7 +419,7 @@ def test_training_on_all_classes_keeps_the_last_epoch_and_evaluates_nothing(here
     assert "test: 2 of 2 classes, 16 of 16 images were trained on." in out
 
 
-def test_what_a_run_on_all_classes_says_to_do_next_works(here, capsys):
+def test_the_commands_that_a_run_on_all_classes_prints_work(here, capsys):
     make_folder(here / "data" / "train")
     make_folder(here / "other", first=4)
     train.main(shlex.split(OWN + "--dataset folder --train-on all --epochs 1 --remark \"it's\""))
@@ -434,7 +434,7 @@ def test_what_a_run_on_all_classes_says_to_do_next_works(here, capsys):
     assert (here / "network.pt2").exists() and (here / "network_input.py").exists()
 
 
-def test_the_recalls_reported_are_those_asked_for(here, capsys):
+def test_ks_chooses_the_recalls_that_are_reported(here, capsys):
     make_folder(here / "data")
     train.main(shlex.split(OWN + "--dataset folder --ks 10 1 3 3"))
     run = run_folder(here)
@@ -447,7 +447,7 @@ def test_the_recalls_reported_are_those_asked_for(here, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("R@5 : ")
 
 
-def test_map_at_r_and_r_precision_are_reported_where_asked_for(here, capsys):
+def test_metrics_reports_map_at_r_and_r_precision(here, capsys):
     make_inshop(here / "data")
     train.main(shlex.split(OWN + "--dataset Inshop --metrics --epochs 1"))
     run, out = run_folder(here), capsys.readouterr().out

@@ -91,7 +91,7 @@ def cosines(run, flags=""):
 
 
 @pytest.mark.parametrize("colour", ["white", "black"])
-def test_a_picture_turned_by_exif_or_cut_out_is_the_upright_one(here, capsys, colour):
+def test_a_picture_turned_by_exif_or_cut_out_embeds_as_the_upright_one(here, capsys, colour):
     make_medals(here / "data", colour=colour)
     flags = "" if colour == "white" else "--background black "
     train.main(shlex.split(OWN + flags + "--epochs 1"))
@@ -120,7 +120,7 @@ def test_a_picture_turned_by_exif_or_cut_out_is_the_upright_one(here, capsys, co
     *(("jpg", orientation) for orientation in TURNED),
     ("png", 5), ("webp", 6), ("tif", 7), ("avif", 8), ("heic", 6),
 ])  # fmt: skip
-def test_all_orientations_are_undone_and_the_size_is_known_before(tmp_path, suffix, orientation):
+def test_every_exif_orientation_is_undone_and_size_of_knows_the_size(tmp_path, suffix, orientation):
     require_reader(suffix)
     image, path = medal(0)[0], tmp_path / f"a.{suffix}"
     save_turned(image, path, orientation)
@@ -142,7 +142,7 @@ def test_an_exif_tag_of_an_odd_type_does_not_make_a_picture_unreadable(tmp_path)
     assert read_image(path, "white").size == size_of(path, own=True) == image.size[::-1]
 
 
-def test_what_is_transparent_is_laid_on_the_background(tmp_path):
+def test_transparent_pixels_show_the_background(tmp_path):
     image = Image.new("RGBA", (20, 10), (255, 0, 0, 0))
     half = Image.new("RGBA", (20, 10), (255, 0, 0, 128))
     palette = Image.new("P", (20, 10))
@@ -158,7 +158,7 @@ def test_what_is_transparent_is_laid_on_the_background(tmp_path):
         assert read.mode == "RGB" and read.getpixel((3, 3)) == expected, name
 
 
-def test_16_bits_are_brought_to_8_by_their_upper_byte(tmp_path):
+def test_16_bit_pixels_keep_their_upper_byte(tmp_path):
     gray = np.arange(0, 2**16, 64, dtype=np.uint16).reshape(32, 32)
     for name, pixels in ("a.png", gray), ("b.tif", gray), ("c.pgm", gray.astype(np.int32)):
         Image.fromarray(pixels).save(tmp_path / name)
@@ -170,11 +170,11 @@ def test_16_bits_are_brought_to_8_by_their_upper_byte(tmp_path):
 
 
 @pytest.mark.parametrize("pixels", [np.float32([[0.5, 1]]), np.int32([[70000, 1]])])
-def test_other_numbers_than_8_or_16_bits_are_refused_in_one_line(here, capsys, pixels):
+def test_pixels_that_are_not_8_or_16_bit_integers_are_refused_in_one_line(here, capsys, pixels):
     make_folder(here / "data")
     Image.fromarray(pixels).save(here / "data/猫/a.tif")
     line = fails(OWN, capsys)
-    assert "猫/a.tif: not an image that can be read (its pixels are no integers of 8" in line
+    assert "猫/a.tif: not an image that can be read (its pixels are not integers of 8" in line
 
 
 def test_published_images_are_read_as_published(here, capsys):
@@ -193,12 +193,12 @@ def test_published_images_are_read_as_published(here, capsys):
     for flag in ("--background white", "--skip-unreadable"):
         for main, flags in ((train.main, TINY + "--remark 2 "), (evaluate.main, f"'{run}' ")):
             line = fails(flags + flag, capsys, main)
-            assert f"{flag.split()[0]}: only for images of your own; those of cub" in line
+            assert f"{flag.split()[0]}: only for images of your own; cub is read" in line
     assert "--background: invalid colour value: 'wite'" in fails(OWN + "--background wite", capsys)
 
 
 @pytest.mark.parametrize("cache", ["ram", "gpu"])
-def test_a_cache_holds_the_pictures_as_they_are_read(here, cache):
+def test_a_cache_holds_what_read_image_gives(here, cache):
     make_medals(here / "data")
     train.main(shlex.split(OWN + "--background green"))
     train.main(shlex.split(OWN + f"--background green --cache {cache} --LOG_DIR cached"))
@@ -223,7 +223,9 @@ def test_phones_formats_are_read_where_there_is_a_reader(here, suffix):
     assert check.main(["--dataset", "folder", "--workers", "0"]) == 0
 
 
-def test_where_there_is_none_they_are_skipped_with_what_to_install(here, capsys, monkeypatch):
+def test_phones_formats_without_a_reader_are_skipped_and_the_package_is_named(
+    here, capsys, monkeypatch
+):
     monkeypatch.setattr(files, "UNSUPPORTED", {".heic"})
     monkeypatch.setattr(files, "SUFFIXES", files.SUFFIXES - {".heic"})
     root = make_folder(here / "data")
@@ -256,7 +258,7 @@ def left_out(run):
     return sorted(json.loads((run / "args.json").read_text())["left_out"])
 
 
-def test_bad_pictures_are_found_first_named_and_left_out_and_the_run_remembers(
+def test_skip_unreadable_names_and_leaves_out_bad_pictures_and_the_run_remembers_them(
     here, capsys, monkeypatch
 ):
     root = make_folder(here / "data")
@@ -289,7 +291,7 @@ def test_bad_pictures_are_found_first_named_and_left_out_and_the_run_remembers(
     assert left_out(run) == bad and len(metrics(run)) == 2
 
 
-def test_bad_test_pictures_of_a_list_are_left_out_at_the_end_too(here, capsys):
+def test_skip_unreadable_also_covers_the_test_after_held_out_classes(here, capsys):
     root = make_folder(here / "data", [f"{c}" for c in range(10)])
     rows = [f"{path.relative_to(root)},{path.parent.name}" for path in sorted(root.glob("*/*"))]
     (root / "list.csv").write_text("\n".join(["path,label", *rows]))
@@ -304,7 +306,7 @@ def test_bad_test_pictures_of_a_list_are_left_out_at_the_end_too(here, capsys):
     assert counts["test"]["images"] == 39 and counts["train + val"]["images"] == 40
 
 
-def test_a_run_without_bad_pictures_leaves_none_out(here, capsys):
+def test_skip_unreadable_without_bad_pictures_leaves_none_out(here, capsys):
     make_folder(here / "data")
     train.main(shlex.split(OWN + "--skip-unreadable --epochs 1"))
     assert left_out(run_folder(here)) == [] and "left out" not in capsys.readouterr().err
@@ -314,9 +316,9 @@ def test_a_run_without_bad_pictures_leaves_none_out(here, capsys):
 # --- dataset.check and train.py agree -----------------------------------------------------------
 
 
-def test_a_train_folder_without_a_test_folder_is_a_problem_for_both(here, capsys):
+def test_train_and_check_both_refuse_a_train_folder_without_a_test_folder(here, capsys):
     make_folder(here / "data/train")
-    line = "folder test: there are no images, only train; add some, or use --train-on all"
+    line = "folder test: there are no images, only for train; add some, or use --train-on all"
     assert line in fails(OWN, capsys)
     assert check.main(["--dataset", "folder", "--workers", "0"]) == 1
     assert capsys.readouterr().out.splitlines()[1:] == [line, "1 problem found"]
@@ -326,7 +328,7 @@ def test_a_train_folder_without_a_test_folder_is_a_problem_for_both(here, capsys
     ("train", "Test", "Test: rename it to test"), ("TRAIN", "test", "TRAIN: rename it to train"),
     ("Train", "Test", "rename it to t"),
 ])  # fmt: skip
-def test_train_or_test_in_capitals_is_one_line_of_both(
+def test_train_and_check_both_refuse_train_or_test_in_capitals(
     here, capsys, train_folder, test_folder, named
 ):
     make_folder(here / "data" / train_folder)

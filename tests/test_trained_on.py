@@ -1,4 +1,4 @@
-"""A checkpoint knows what it was trained on, and an evaluation says what of that it has met."""
+"""A checkpoint records its training images, and an evaluation counts those among its own."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def test_copies_of_training_files_and_classes_of_the_same_name_are_counted(run, 
     assert images["trained_on"] == {"classes": 0, "images": 5}
 
 
-def test_of_the_published_test_split_nothing_was_trained_on_and_nothing_is_said(run, capsys):
+def test_nothing_is_said_of_a_test_split_that_was_not_trained_on(run, capsys):
     lines, images = evaluated(run, capsys)
     assert images["trained_on"] == {"classes": 0, "images": 0}
     results = json.loads((run / "results.json").read_text())["images"]
@@ -76,7 +76,7 @@ def test_of_the_published_test_split_nothing_was_trained_on_and_nothing_is_said(
         assert files == digests_of([*IMAGES.glob("00*/Bird*")])
 
 
-def test_a_run_says_itself_what_its_test_images_share_with_its_training(here, capsys):
+def test_a_run_counts_the_training_images_among_its_test_images(here, capsys):
     odd = os.fsdecode(b"caf\xe9")  # no UTF-8
     make_folder(here / "photos/train", ["auk", odd])
     make_folder(here / "photos/test", ["wren"], first=5)
@@ -91,7 +91,7 @@ def test_a_run_says_itself_what_its_test_images_share_with_its_training(here, ca
     assert known_to(checkpoint_of(folder))[0] == ["auk", odd]
 
 
-def test_held_out_classes_are_not_trained_on_and_folds_know_what_any_of_them_has_seen(
+def test_held_out_classes_do_not_count_as_trained_on_and_folds_count_together(
     here, capsys
 ):
     make_cub(here / "data", classes=12)
@@ -119,7 +119,7 @@ def test_held_out_classes_are_not_trained_on_and_folds_know_what_any_of_them_has
         assert line in capsys.readouterr().out
 
 
-def test_a_continued_run_keeps_what_it_was_trained_on_and_an_older_one_finds_it_out(here, run):
+def test_a_continued_run_keeps_its_record_and_an_older_run_makes_one(here, run):
     last = checkpoint_of(run)
     known = known_to(last)
     next(IMAGES.glob("001*/*1.jpg")).write_bytes(next(IMAGES.glob("001*/*2.jpg")).read_bytes())
@@ -132,7 +132,7 @@ def test_a_continued_run_keeps_what_it_was_trained_on_and_an_older_one_finds_it_
     assert known_to(last) == (known[0], digests_of(IMAGES.glob("00*/Bird*")))
 
 
-def test_what_the_network_of_weights_was_trained_on_counts_too(here, run):
+def test_the_training_images_of_weights_count_too(here, run):
     first = known_to(checkpoint_of(run))
     make_folder(here / "photos", ["auk", "wren", "x", "y"])
     train.main(shlex.split(
@@ -146,7 +146,7 @@ def test_what_the_network_of_weights_was_trained_on_counts_too(here, run):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_of_a_checkpoint_that_does_not_know_nothing_is_said_and_of_others_all_is(
+def test_a_checkpoint_without_a_record_is_named_and_others_are_counted(
     here, capsys, several
 ):
     make_cub(here / "data")
