@@ -1,9 +1,9 @@
 """Metric losses, and DDML (Park et al., AAAI 2025) around any of them that has proxies.
 
 B batch, C classes, d embedding size: embeddings [B, d], labels [B] in 0 .. C - 1, proxies [C, d].
-A head [B, 2d] is [mu | s]: the mean, and the raw scale of std = softplus(s - 5). DDML expects heads
-that are L2-normalised whole, which keeps std near 0.0067. ProxyAnchor and DDML compute in float32
-or better, under autocast too. This file needs no other of the repository.
+A head [B, 2d] is [mu | s]: the mean, and the raw scale of std = softplus(s - 5). DDML expects each
+head to be L2-normalised as a whole, mu and s together, which keeps std near 0.0067. ProxyAnchor and
+DDML compute in float32 or better, under autocast too. This file imports no other of the repository.
 """
 
 from collections.abc import Callable
@@ -34,12 +34,12 @@ def log_one_plus_sum_exp(x, mask):
 
 def require_fit(x, labels, C, d, halves=1):
     """ValueError unless x [B, halves * d] and labels [B] fit proxies [C, d]. The range of labels is
-    checked on the CPU alone: on a GPU every step would wait for the answer."""
+    checked only on the CPU: on a GPU the check would synchronise every step."""
     if x.ndim != 2 or x.shape[1] != halves * d or labels.shape != x.shape[:1]:
         raise ValueError(f"embeddings {tuple(x.shape)} and labels {tuple(labels.shape)} do not fit "
                          f"each other or {C} proxies of {d} dimensions")  # fmt: skip
     if labels.is_floating_point():
-        raise ValueError(f"labels of type {labels.dtype} are no class numbers")
+        raise ValueError(f"labels of type {labels.dtype} are not class numbers")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= C:
@@ -61,7 +61,7 @@ class ProxyAnchor(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):
             x, P = l2_normalize(at_least_float32(embeddings)), l2_normalize(class_proxies(self))
             c = x @ P.T                                                             # [B, C]
-            # differs: no one-hot targets from the CPU, labels stay on the device
+            # differs: the script makes one-hot targets on the CPU
             own = labels[:, None] == torch.arange(len(P), device=c.device)          # [B, C]
             attract = log_one_plus_sum_exp(-self.alpha * (c - self.margin), own)    # [C], or 0
             repel = log_one_plus_sum_exp(self.alpha * (c + self.margin), ~own)      # [C]
@@ -69,7 +69,7 @@ class ProxyAnchor(nn.Module):
 
 
 def class_proxies(metric_loss):
-    """[C, d]: where each loss keeps its proxies. ValueError for one that has none."""
+    """The proxies [C, d], wherever the loss keeps them. ValueError if it has none."""
     if hasattr(metric_loss, "proxies"):                     # Proxy-Anchor, Proxy-NCA: [C, d]
         return at_least_float32(metric_loss.proxies)
     several = hasattr(metric_loss, "sub_centers") or hasattr(metric_loss, "centers_per_class")
@@ -83,7 +83,7 @@ def class_proxies(metric_loss):
 
 
 def standard_deviation(s):
-    """std = softplus(s - 5) and log std, which is s - 5 where softplus is exp and may underflow."""
+    """std = softplus(s - 5), and log std; for small s, where std may underflow, that is s - 5."""
     std = F.softplus(s - 5)
     return std, std.clamp_min(torch.finfo(std.dtype).tiny).log().minimum(s - 5)
 
@@ -98,8 +98,8 @@ class DDML(nn.Module):
         self.num_classes = len(class_proxies(metric_loss))
 
     def forward(self, head, head_specific, labels, noise=None):
-        """head, head_specific [B, 2d], of the retrieval embedding and of the specific head; noise:
-        (eps, eps_s), standard normal [B, d] each, drawn here when None -> total, {term: scalar}."""
+        """head, head_specific [B, 2d]: the head of the retrieval embedding, and the specific head;
+        noise: (eps, eps_s), standard normal [B, d], None: drawn here -> total, {term: scalar}."""
         with torch.autocast(head.device.type, enabled=False):
             P = l2_normalize(class_proxies(self.metric_loss))                       # [C, d]
             for x in (head, head_specific):
@@ -133,7 +133,7 @@ class DDML(nn.Module):
         return (self.log_sum_exp(logits) - own).mean()
 
     def log_sum_exp(self, logits):
-        """[B, C] -> [B], measured from the greatest logit there can be."""
+        """[B, C] -> [B], relative to `scale`, the greatest possible logit, as in ShardedDDML."""
         return self.scale + (logits.logsumexp(dim=1) - self.scale).exp().log()
 
 
@@ -171,10 +171,10 @@ def n_pair(C, d, margin, scale):  # Sohn, NIPS 2016: dot products, not cosines
     return pml.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False))
 
 
-# Margins and scales of Proxy_NCA and of the pair losses are those of the Proxy-Anchor authors'
-# script, the others the library's; ArcFace's margin is in degrees. Learning-rate factors are as
-# published for Proxy_Anchor, Proxy_NCA and SoftTriple (Qian et al., ICCV 2019); the rest have 100
-# too, untuned: class weights that start anywhere, beside a pretrained network.
+# Margins and scales are the library's; those of Proxy_NCA and of the pair losses are from the
+# Proxy-Anchor authors' script. ArcFace's margin is in degrees. lr_factor is as published for
+# Proxy_Anchor, Proxy_NCA and SoftTriple (Qian et al., ICCV 2019). The other proxy losses have 100
+# too, untuned: their class weights start at random, beside a pretrained network.
 LOSSES = {
     # name                   constructor: C, d, margin, scale                 margin scale lr_factor
     "Proxy_Anchor":    Choice(ProxyAnchor,                                       0.1,   32,  100),

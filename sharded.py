@@ -29,7 +29,7 @@ def initial_proxies(C, d, block=2**16):
 
 
 class ShardedProxyAnchor(nn.Module):
-    """losses.ProxyAnchor; `proxies` [C / W, d] are this rank's."""
+    """losses.ProxyAnchor, with `proxies` [C / W, d] of this rank's classes."""
 
     def __init__(self, num_classes, embedding_size, margin=0.1, alpha=32):
         super().__init__()
@@ -40,7 +40,7 @@ class ShardedProxyAnchor(nn.Module):
         self.proxies = nn.Parameter(initial_proxies(num_classes, embedding_size))
 
     def own(self, labels):
-        """[B, C / W], whether a class is the label's."""
+        """[B, C / W]: whether the class is the label's."""
         here = rows_of_this_rank(range(self.num_classes))
         return labels[:, None] == torch.arange(here.start, here.stop, device=labels.device)
 
@@ -58,7 +58,7 @@ class ShardedProxyAnchor(nn.Module):
 
 
 class ShardedDDML(DDML):
-    """losses.DDML around a ShardedProxyAnchor: its logits are [B, C / W]."""
+    """losses.DDML around a ShardedProxyAnchor, with logits [B, C / W]."""
 
     def __init__(self, metric_loss, *weights):
         super().__init__(metric_loss, *weights)
@@ -77,12 +77,12 @@ class ShardedDDML(DDML):
 
 
 def sharded_parameters(criterion):
-    """The parameters of which each rank has its own rows: their gradients need no all-reduce."""
+    """The parameters that are split over the ranks: their gradients need no all-reduce."""
     return {loss.proxies for loss in criterion.modules() if isinstance(loss, ShardedProxyAnchor)}
 
 
 def map_proxies(checkpoint, function):
-    """The checkpoint with function(x) in place of the proxies x and of each of their moments."""
+    """The checkpoint with function(x) for x: the proxies, and each of the optimiser's moments."""
     optimizer = checkpoint["optimizer_state_dict"]
     proxies = set(optimizer["param_groups"][-1]["params"])
     state = dict(optimizer["state"])
@@ -108,7 +108,7 @@ def gather_on_rank_0(x):
 
 
 def scatter_from_rank_0(x):
-    """x [C, ...], with values in rank 0 and on `meta` elsewhere -> this rank's rows."""
+    """x [C, ...] has values on rank 0 and is on `meta` elsewhere -> this rank's rows."""
     mine = torch.empty_like(rows_of_this_rank(x), device="cpu")
     if rank():
         dist.recv(mine, 0)

@@ -41,7 +41,7 @@ def test_proxy_anchor_of_two_samples_by_hand():
     assert loss(x, labels).item() == pytest.approx(attract + repel / 2, rel=1e-6)
 
 
-def test_sharded_proxies_start_as_the_same_rows_of_all_of_them(monkeypatch):
+def test_each_rank_starts_with_its_rows_of_the_unsharded_proxies(monkeypatch):
     torch.manual_seed(1)
     whole = ProxyAnchor(100, D).proxies
     assert whole.std().item() == pytest.approx(math.sqrt(2 / 100), rel=0.1)
@@ -98,7 +98,7 @@ def test_gradients_are_finite_when_every_sample_is_of_one_class():
 
 
 @pytest.mark.parametrize("s", [-1000.0, -60.0, -5.0, 0.0, 5.0, 1000.0])
-def test_log_std_and_its_gradient_stay_finite_and_right(s):
+def test_log_std_and_its_gradient_stay_finite_and_correct(s):
     x = torch.tensor(s, requires_grad=True)
     _, log_std = standard_deviation(x)
     log_std.backward()
@@ -109,7 +109,7 @@ def test_log_std_and_its_gradient_stay_finite_and_right(s):
 
 
 @pytest.mark.parametrize("s", [torch.arange(-120.0, 0, 7.5), torch.arange(0, 121.0, 7.5)])
-def test_extreme_s_is_as_right_in_float32_as_in_float64(s):
+def test_extreme_s_gives_the_same_in_float32_and_float64(s):
     d = len(s)
     noise = torch.randn(2, B, d, generator=torch.Generator().manual_seed(0))
     head = torch.cat([torch.linspace(-1, 1, d), s]).repeat(B, 1)
@@ -147,7 +147,7 @@ def test_extreme_cosines_do_not_overflow_with_a_large_alpha():
     assert value.isfinite() and x.grad.isfinite().all()
 
 
-def test_the_loss_never_waits_for_the_device(monkeypatch):
+def test_the_loss_never_synchronises_with_the_device(monkeypatch):
     """The meta device holds no values: whatever asks for one, as a synchronisation does, fails."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
     criterion = make_ddml().to("meta")
@@ -171,7 +171,7 @@ def test_the_whole_loss_compiles_as_one_graph():
     torch.testing.assert_close(gradient, inputs[0].grad)
 
 
-def test_ddml_goes_around_the_librarys_proxy_anchor_and_gives_what_it_gives_around_ours():
+def test_ddml_around_the_librarys_proxy_anchor_equals_ddml_around_ours():
     ours, inputs, noise = make_ddml(), batch(), torch.randn(2, B, D)
     peer = DDML(ProxyAnchorLoss(C, D, margin=0.1, alpha=32), 1.0, 0.1, 1e-3)
     peer.metric_loss.proxies.data.copy_(ours.metric_loss.proxies.data)
@@ -204,7 +204,7 @@ def make_loss(name):
 
 
 @pytest.mark.parametrize("name", LIBRARY)
-def test_the_value_of_a_loss_is_the_librarys_own(name):
+def test_each_loss_equals_the_librarys_with_its_settings(name):
     x, labels = F.normalize(torch.randn(B, D)), torch.randint(C, (B,))
     ours, theirs = make_loss(name), LIBRARY[name]()
     theirs.load_state_dict((ours.loss if name in MINERS else ours).state_dict())
@@ -213,7 +213,7 @@ def test_the_value_of_a_loss_is_the_librarys_own(name):
 
 
 @pytest.mark.parametrize("name", PROXY_LOSSES)
-def test_ddmls_terms_alone_reach_every_proxy_and_both_heads(name):
+def test_the_terms_of_ddml_give_gradients_to_every_proxy_and_both_heads(name):
     head, head_specific, labels = batch()
     criterion = DDML(make_loss(name), 1.0, 0.1, 1e-3)
     criterion.metric_loss.forward = lambda mu, labels: mu.new_zeros(())
@@ -222,7 +222,7 @@ def test_ddmls_terms_alone_reach_every_proxy_and_both_heads(name):
     assert (proxies.grad != 0).all() and head.grad.all() and head_specific.grad.all()
 
 
-def test_several_centres_a_class_are_one_proxy():
+def test_several_centres_of_a_class_average_to_one_proxy():
     loss = pml.SubCenterArcFaceLoss(num_classes=4, embedding_size=6, sub_centers=3)
     P = class_proxies(loss)
     assert P.shape == (4, 6)
@@ -232,7 +232,7 @@ def test_several_centres_a_class_are_one_proxy():
 
 
 @pytest.mark.parametrize("name", PROXY_LOSSES)
-def test_class_proxies_are_those_that_the_loss_compares_with(name):
+def test_each_class_proxy_has_its_least_loss_with_its_own_label(name):
     loss = make_loss(name)
     if name == "SoftTriple":  # centres of a class that are near each other
         centers = torch.randn(C, 1, D) + 0.1 * torch.randn(C, 10, D)
@@ -309,7 +309,7 @@ def test_losses_py_alone_in_an_empty_folder_works(tmp_path, monkeypatch):
     (torch.ones(8, 16), torch.full((8,), 4), "labels from 4 to 4 do not fit 4 proxies"),
     (torch.ones(8, 16), torch.full((8,), -1), "labels from -1 to -1 do not fit 4 proxies"),
 ])  # fmt: skip
-def test_embeddings_labels_and_proxies_that_do_not_fit_are_named(x, labels, both):
+def test_shapes_that_do_not_fit_are_named_in_the_error(x, labels, both):
     loss = ProxyAnchor(4, 16)
     with pytest.raises(ValueError, match=both):
         loss(x, labels)
@@ -319,18 +319,18 @@ def test_embeddings_labels_and_proxies_that_do_not_fit_are_named(x, labels, both
             DDML(loss, 1, 1, 1)(*heads, labels)
 
 
-def test_an_odd_head_noise_of_another_shape_and_labels_with_fractions_are_refused():
+def test_heads_noise_and_labels_of_a_wrong_shape_or_type_are_refused():
     loss, labels, head = DDML(ProxyAnchor(4, 16), 1, 1, 1), torch.arange(8) % 4, torch.ones(8, 32)
     for arguments in [
         (head[:, :31], head, labels), (head, head[:, :31], labels), (head, head, labels / 2),
         (head, head, labels, torch.ones(2, 16)), (head, head, labels, torch.ones(2, 7, 16)),
     ]:  # fmt: skip
-        with pytest.raises(ValueError, match="fit|no class numbers"):
+        with pytest.raises(ValueError, match="fit|not class numbers"):
             loss(*arguments)
 
 
 @pytest.mark.parametrize("name", PROXY_LOSSES)
-def test_labels_of_32_bits_are_labels(name):
+def test_int32_labels_give_the_loss_of_int64_labels(name):
     criterion, noise = DDML(make_loss(name), 1, 1, 1), torch.randn(2, B, D)
     head, head_specific, labels = batch()
     values = [criterion(head, head_specific, y, noise)[0] for y in (labels, labels.int())]

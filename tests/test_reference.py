@@ -55,8 +55,8 @@ class Reference:
 
 
 def close(ours, expected, rtol, atol, floor):
-    """Elementwise, within the tolerance, and never 1 % off: a small value, which `atol` alone
-    would let pass, has to be right to 0.5 % too, or to `floor`, the rounding of float32."""
+    """Elementwise: within the tolerance, and also within 0.5 % or `floor`, the rounding of float32.
+    Without the second, `atol` alone would let small values pass that are 1 % off."""
     difference = (ours - expected).abs()
     size = expected.abs()
     return (difference <= atol + rtol * size) & (difference <= (5e-3 * size).clamp(min=floor))
@@ -73,7 +73,7 @@ def compare_loss_case(reference, case, dtype, rtol, atol):
         return reference.read(f"{case}/{name}", dtype)
 
     def compare(**ours):
-        # float32 is only held to its tolerance: float64 has told the small values apart already
+        # float64 checks small values; float32 only has to meet its tolerance
         floor = 1e-15 if dtype == torch.float64 else float("inf")
         for name, value in ours.items():
             reference.compare(f"{case}/{name}", value, rtol, atol, floor)
@@ -123,7 +123,7 @@ def compare_network(reference):
         model = create_model("bn_inception", 512, disent=case.startswith("disent"))
         model.load_state_dict(fill_state_dict(model.state_dict(), salt))
         model.eval()
-        # float64 has no rounding of its own and so tells small values apart
+        # float64 hardly rounds, so it checks small values too
         for dtype in (torch.float32, torch.float64):
             compare_network_case(reference, case, model.to(dtype), dtype, salt)
 
@@ -132,7 +132,7 @@ def compare_network(reference):
 def compare_network_case(reference, case, model, dtype, salt):
     images = reference.read(f"{case}/image", dtype)
     with np.load(HERE / "bn_inception.npz") as ours:
-        # how much float32 has rounded is known for these images, and not for other ones
+        # the rounding of float32 is known for these images only
         known = f"{case}/image" in ours and np.array_equal(ours[f"{case}/image"], images)
     features = model.model.features(images)
     output = model(images)
@@ -221,8 +221,8 @@ def test_every_stored_number_is_reproduced(computed, name):
 @pytest.mark.skipif(FOLDER != HERE, reason="how sensitive the test is, is shown on tests/reference")
 @pytest.mark.parametrize("factor", [0.99, 1.01])
 @pytest.mark.parametrize("name", FILES)
-def test_a_stored_number_that_is_off_by_one_percent_would_be_found(computed, name, factor):
-    found = {}  # an array compared in two precisions is safe if one of them finds it
+def test_an_error_of_one_percent_in_any_stored_number_is_found(computed, name, factor):
+    found = {}  # of an array compared in two precisions, one must find it
     for key, ours, expected, *tolerance in computed(name).pairs:
         if key == "feature_hw":
             continue
