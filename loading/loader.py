@@ -115,11 +115,14 @@ def centred(images, loading, index):
 
 def batches(loader, device, skip=False):
     """(pixels uint8 RGB [B, H, W, 3], labels [B], index [B] of the images) on `device`. A GPU
-    computes while they are copied. With `skip`, unreadable images are warned of and left out."""
-    copying = stream_of_copies(device)
-    for batch in good(loader, skip):
+    computes while they are copied, or cropped. With `skip`, unreadable images are warned of and
+    left out."""
+    copying, loaded = stream_of_copies(device), iter(good(loader, skip))
+    while True:
         with torch.cuda.stream(copying):
-            batch = [x.to(device, non_blocking=True) for x in batch]
+            batch = [x.to(device, non_blocking=True) for x in next(loaded, ())]
+        if not batch:
+            return
         if copying:
             computing = torch.cuda.current_stream(device)
             computing.wait_stream(copying)

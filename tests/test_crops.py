@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distributed
 import train
@@ -17,6 +18,7 @@ from loading.cache import keep_on_device, start_of_each
 from loading.crops import resized_crops
 from loading.loader import Loading, batches, test_loader, train_loader
 from tests.conftest import TINY, equal, fails, make_cub, run_folder, write_image
+from tests.operations import Operations
 
 CPU = torch.device("cpu")
 SIDES = [(40, 200), (60, 130), (200, 40), (150, 110), (64, 64), (64, 90), (90, 33), (3, 2), (1, 1)]
@@ -60,10 +62,19 @@ def test_crops_are_the_same_where_products_round_their_factors(monkeypatch):
     assert torch.equal(resized_crops(*where, 33, "bicubic"), theirs) and len(rounded) == 2
 
 
-def test_crops_never_wait_for_the_device():
-    pixels, table, longest, _ = images_and_crops(33, "bilinear")
-    there = resized_crops(pixels.to("meta"), table.to("meta"), longest, 33, "bicubic")
-    assert there.shape == (len(table), 33, 33, 3)  # nothing on `meta` has a value to be asked for
+def test_crops_on_a_gpu_never_wait_for_it_and_multiply_halves_in_eights():
+    def look(operation, args, result):
+        if operation is torch.ops.aten.bmm.dtype:
+            seen.append((*(x.dtype for x in args[:2]), result.dtype))
+            assert args[0].shape[2] % 8 == 0
+
+    seen = []
+    with FakeTensorMode(), Operations(look):  # no such tensor has a value to be asked for
+        pixels = torch.empty(10**6, dtype=torch.uint8, device="cuda")
+        table = torch.empty(len(SIDES), 5, dtype=torch.long, device="cuda")
+        made = resized_crops(pixels, table, 200, 33, "bicubic")
+    assert made.shape == (len(SIDES), 33, 33, 3) and made.is_cuda
+    assert seen == 2 * [(torch.half, torch.half, torch.float)]
 
 
 # --- batches -----------------------------------------------------------------------------------
@@ -95,6 +106,16 @@ def test_batches_from_the_devices_memory_are_those_of_the_loaders(mixed, workers
     assert equal(list(batches(theirs, CPU)), list(batches(ours, CPU)))
     assert equal(list(batches(tested, CPU)), kept_tests) and len(kept_tests) == 3
     assert len(ours) == 3 and len(list(ours)) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_batches_cropped_on_cuda_while_it_computes_are_those_of_the_loaders(mixed):
+    theirs, _ = loaders(mixed)
+    device, loading = torch.device("cuda", 0), LOADING._replace(device=torch.device("cuda", 0))
+    ours, _ = keep_on_device(mixed, theirs, None, loading)
+    for made, expected in zip(batches(ours, device), batches(theirs, CPU), strict=True):
+        torch.randn(4096, 4096, device=device).square().sum()
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(made, expected))
 
 
 def test_a_batch_is_made_in_pieces_that_bound_its_memory(mixed, monkeypatch):
