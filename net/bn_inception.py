@@ -3,6 +3,8 @@
 Attribute names are the key names of the ImageNet file and of every published checkpoint.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -52,38 +54,57 @@ class BNInception(nn.Module):
         # momentum 0.9 as in the Caffe port: the running statistics follow the last few batches
         self.add_module(f"{name}_bn", nn.BatchNorm2d(outputs, eps=1e-5, momentum=0.9))
 
-    def _conv(self, name, x):
+    def _folded(self):
+        """{layer: (weight, bias)} of convolutions whose BatchNorm is frozen. That is affine: folded
+        in, it costs no pass over the maps; of all layers at once, few operations."""
+        layers = [(name, conv, getattr(self, f"{name}_bn")) for name, conv in self.named_children()
+                  if isinstance(conv, nn.Conv2d) and not getattr(self, f"{name}_bn").training]
+        if not layers:
+            return {}
+        names, convs, norms = zip(*layers)
+
+        def every(modules, name):
+            return torch.cat([getattr(module, name) for module in modules])
+
+        scale = every(norms, "weight") * (every(norms, "running_var") + norms[0].eps).rsqrt()
+        bias = (every(convs, "bias") - every(norms, "running_mean")) * scale + every(norms, "bias")
+        kind = bias.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            bias = bias.to(torch.get_autocast_dtype(kind))  # else it is converted layer by layer
+        sizes = [conv.out_channels for conv in convs]
+        weights = [conv.weight * part.view(-1, 1, 1, 1)
+                   for conv, part in zip(convs, scale.split(sizes))]  # fmt: skip
+        return dict(zip(names, zip(weights, bias.split(sizes))))
+
+    def _conv(self, name, x, folded):
         """Convolution, BatchNorm, ReLU."""
         conv, bn = getattr(self, name), getattr(self, f"{name}_bn")
-        if bn.training:
-            return F.relu(bn(conv(x)), inplace=True)
-        # frozen BatchNorm is affine: folded into the convolution, it costs no pass over the maps
-        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-        weight = conv.weight * scale.view(-1, 1, 1, 1)
-        bias = (conv.bias - bn.running_mean) * scale + bn.bias
-        return F.relu(F.conv2d(x, weight, bias, conv.stride, conv.padding), inplace=True)
+        frozen = name in folded
+        x = F.conv2d(x, *folded[name], conv.stride, conv.padding) if frozen else bn(conv(x))
+        return F.relu(x, inplace=True)
 
-    def _block(self, x, name, downsample, pool):
-        branches = [] if downsample else [self._conv(f"{name}_1x1", x)]
+    def _block(self, conv, x, name, downsample, pool):
+        branches = [] if downsample else [conv(f"{name}_1x1", x)]
         for chain in (("3x3_reduce", "3x3"), ("double_3x3_reduce", "double_3x3_1", "double_3x3_2")):
             y = x
             for layer in chain:
-                y = self._conv(f"{name}_{layer}", y)
+                y = conv(f"{name}_{layer}", y)
             branches.append(y)
         if downsample:
             branches.append(F.max_pool2d(x, 3, 2, ceil_mode=True))
         else:
             pooled = F.max_pool2d if pool == "max" else F.avg_pool2d
-            branches.append(self._conv(f"{name}_pool_proj", pooled(x, 3, 1, padding=1)))
+            branches.append(conv(f"{name}_pool_proj", pooled(x, 3, 1, padding=1)))
         return torch.cat(branches, dim=1)
 
     def features(self, images):
         # convolutions and pooling halve an odd side to different sizes, which cannot be joined
         if min(images.shape[2:]) < 31 or any((side + 1) % 32 >= 8 for side in images.shape[2:]):
             raise ValueError("BN-Inception takes multiples of 32 and up to 6 pixels more")
-        x = F.max_pool2d(self._conv("conv1_7x7_s2", images), 3, 2, ceil_mode=True)
-        x = self._conv("conv2_3x3_reduce", x)
-        x = F.max_pool2d(self._conv("conv2_3x3", x), 3, 2, ceil_mode=True)
+        conv = partial(self._conv, folded=self._folded())
+        x = F.max_pool2d(conv("conv1_7x7_s2", images), 3, 2, ceil_mode=True)
+        x = conv("conv2_3x3_reduce", x)
+        x = F.max_pool2d(conv("conv2_3x3", x), 3, 2, ceil_mode=True)
         for block, one, _, _, pool, _ in BLOCKS:
-            x = self._block(x, f"inception_{block}", downsample=one is None, pool=pool)
+            x = self._block(conv, x, f"inception_{block}", downsample=one is None, pool=pool)
         return x
