@@ -1,8 +1,8 @@
-"""`evaluate.py --calibrate`: the cosine from which on two pictures count as the same.
+"""`evaluate.py --calibrate`: the least cosine at which two pictures count as the same.
 
-A pair of one class is genuine, one of different classes an impostor. A pair matches at a threshold
-where its cosine is that or more. FMR: the rate of impostors that match (false matches); FNMR: of
-genuine pairs that do not.
+A pair of one class is genuine, a pair of two classes is an impostor. A pair matches if its cosine
+is at least the threshold. FMR (false match rate) is the share of impostors that match, FNMR the
+share of genuine pairs that do not.
 """
 
 import numpy as np
@@ -15,29 +15,29 @@ BINS = 2**13  # of cosines from -1 to 1: thresholds are multiples of 2^-12 = 0.0
 GROUPS = 128  # of classes, in the bootstrap: 270 MB of counts
 RESAMPLES = 500
 TILE = 2**23  # cosines in memory
-FEW = 20  # of fewer classes the intervals are too narrow
+FEW = 20  # with fewer classes the intervals are too narrow
 
 
 def check_pairs(images, fmr):
-    """UserError where an ImageSet has no pairs that could tell the rate `fmr` of false matches."""
+    """UserError if an ImageSet has too few pairs to tell a false match rate of `fmr`."""
     sides = images.labels[: images.queries], images.labels[images.queries or 0 :]
     first, second = (side.bincount(minlength=len(images.classes)) for side in sides)
     genuine = int(first @ second)
     impostor = len(sides[0]) * len(sides[1]) - genuine
-    if images.queries is None:  # each pair once, and no image with itself
+    if images.queries is None:  # each pair counts once, and an image has none with itself
         genuine, impostor = (genuine - len(images)) // 2, impostor // 2
     if not genuine or not impostor:
         kind = "different classes" if genuine else "one class"
         raise UserError(f"--calibrate: {plural(len(images), 'image')} of "
                         f"{plural(len(images.classes), 'class')} have no pair of {kind}; it needs "
-                        "two classes, and two images or more of a class")  # fmt: skip
+                        "two classes, and two images of one of them")  # fmt: skip
     if fmr < 1 / impostor:
-        raise UserError(f"--fmr {fmr:g}: the {impostor:,} pairs of different classes here can tell "
-                        f"a rate of {1 / impostor:.2g} at least")  # fmt: skip
+        raise UserError(f"--fmr {fmr:g}: the {impostor:,} pairs of different classes here cannot "
+                        f"tell a rate below {1 / impostor:.2g}")  # fmt: skip
 
 
 def bins_of(cosines):
-    """The bin of each, as an array; exact: no cosine below an edge is counted above it."""
+    """The bin of each cosine, as an array; no cosine below an edge is put above it."""
     bins = (cosines * (BINS // 2)).floor_().add_(BINS // 2).clamp_(0, BINS - 1)
     return bins.short().cpu().numpy()
 
@@ -46,10 +46,10 @@ def bins_of(cosines):
 @exact_products()
 def count_pairs(embeddings, labels, queries=None, groups=GROUPS):
     """(genuine [G, BINS], impostor [P, BINS], sides [2, P]): all pairs, counted by cosine, of each
-    of G groups of classes, and of each pair of groups, a group with itself included.
+    of G groups of classes, and of the groups sides[:, p], which may be one and the same.
 
-    A group is a class; of more than `groups` classes it is several, by chance. embeddings [N, d]
-    are L2-normalised; pairs are of the first `queries` images with the rest, None: of all images.
+    A group is a class; beyond `groups` classes it is several, drawn at random. embeddings [N, d]
+    are L2-normalised. Pairs are of the first `queries` images with the rest; None: of all images.
     """
     labels = labels.cpu().numpy()
     classes = labels.max() + 1
@@ -57,7 +57,7 @@ def count_pairs(embeddings, labels, queries=None, groups=GROUPS):
     group = (np.random.default_rng(0).permutation(classes) % G)[labels]
 
     def by_group(start, stop):
-        """Indices of images in order of their groups, and where each group begins and ends."""
+        """Indices of the images, sorted by group, and where each group begins and ends."""
         ends = np.bincount(group[start:stop], minlength=G).cumsum()
         return group[start:stop].argsort(kind="stable") + start, np.array([0, *ends])
 
@@ -68,7 +68,7 @@ def count_pairs(embeddings, labels, queries=None, groups=GROUPS):
     genuine, impostor = np.zeros((G, BINS), np.int32), np.zeros((len(sides[0]), BINS), np.int32)
     gallery, most = embeddings[columns].float(), max(1, TILE // len(columns))
     for i in progress(range(G), G, "calibration"):
-        first = i if queries is None else 0  # the pairs before were counted from the other side
+        first = i if queries is None else 0  # earlier groups have counted their pairs with this one
         for start in range(of_row[i], of_row[i + 1], most):
             part = rows[start : min(start + most, of_row[i + 1])]
             bins = bins_of(gallery[of_column[first] :] @ embeddings[part].float().T)
@@ -84,10 +84,10 @@ def count_pairs(embeddings, labels, queries=None, groups=GROUPS):
 
 
 def measures(genuine, impostor, fmr, at=None):
-    """{measure: [...]} of counts [..., BINS]. threshold: the smallest edge with FMR <= fmr; FMR and
-    FNMR are at the edge number `at`, by default that one. EER: mean of FMR and FNMR at the edge
-    where they differ least. AUC: how often a genuine pair has a greater cosine than an impostor;
-    pairs in one bin count half."""
+    """{measure: [...]} of counts [..., BINS]. threshold: the smallest edge with FMR <= fmr;
+    measured_fmr, fnmr: at edge number `at`, by default the threshold's; eer: mean of FMR and FNMR
+    at the edge where they differ least; auc: how often a genuine pair has a greater cosine than an
+    impostor, half if both are in one bin."""
     none, share = np.zeros((*genuine.shape[:-1], 1)), impostor / impostor.sum(-1, keepdims=True)
     # FMR and FNMR at each of the BINS + 1 edges
     matching = np.concatenate([impostor[..., ::-1].cumsum(-1)[..., ::-1], none], axis=-1)
@@ -110,11 +110,11 @@ def measures(genuine, impostor, fmr, at=None):
 
 
 def resampled(genuine, impostor, sides, resamples=RESAMPLES):
-    """(genuine, impostor) [B, BINS] of B samples of as many groups, drawn with replacement.
+    """Bootstrap: (genuine, impostor) [B, BINS] of B samples of G groups, drawn with replacement.
 
-    A group that is drawn w times is w groups: its genuine pairs count w times, its impostors with
-    another group w * w' times. Pairs of two copies of a group do not count. Samples without either
-    kind of pair are left out.
+    A group drawn w times is w groups: its genuine pairs count w times, its impostors with a group
+    drawn w' times count w * w' times. Pairs between copies of a group do not count. Samples without
+    genuine pairs or without impostors are left out.
     """
     G = len(genuine)
     w = np.random.default_rng(0).multinomial(G, np.full(G, 1 / G), resamples).astype(float)
@@ -126,8 +126,8 @@ def resampled(genuine, impostor, sides, resamples=RESAMPLES):
 
 
 def calibrate(embeddings, labels, fmr, queries=None):
-    """(calibration, {kind: counts [BINS]}): the threshold, what it does, and 95 % intervals by
-    bootstrap over classes, as a dictionary that JSON can hold. Rates are fractions."""
+    """(calibration, {kind: counts [BINS]}). calibration: the threshold, its rates as fractions, and
+    their 95 % intervals by bootstrap over classes, as a dictionary for JSON."""
     genuine, impostor, sides = count_pairs(embeddings, labels, queries)
     counts = {"one class": genuine.sum(axis=0, dtype=float),
               "different classes": impostor.sum(axis=0, dtype=float)}  # fmt: skip

@@ -1,4 +1,4 @@
-"""`evaluate.py --diagnose`: how the heads embed training classes, and how unseen ones."""
+"""`evaluate.py --diagnose`: how each head embeds training classes and unseen classes."""
 
 import math
 from collections import defaultdict
@@ -10,15 +10,15 @@ from torch.nn import functional as F
 from dataset.images import ImageSet
 from loading.loader import batches, test_loader
 from losses import l2_normalize, standard_deviation
+from retrieval import structure
 from retrieval.embed import require_finite
 from retrieval.evaluate import retrieve
 from retrieval.probes import factors_of, probes
-from retrieval.structure import alignment, density, effective_rank, rho, spectrum, uniformity, walks
 from utils import UserError, progress
 
-SIDES = {"training": "train", "unseen": "test"}  # and the split that each is sampled from
-MOST = 6000  # images on a side
-RAW = 16  # pixels a side of the raw images that are probed
+SIDES = {"training": "train", "unseen": "test"}  # the split that each side is sampled from
+MOST = 6000  # images of a side
+RAW = 16  # width and height of the raw images that are probed
 MEASURES = {
     "R@1": "% of images whose nearest other image is of their class",
     "MAP@R": "%, of each image among all others (Musgrave et al. 2020)",
@@ -38,12 +38,12 @@ MEASURES = {
 
 
 def equal_sample(sides, most=MOST, seed=0):
-    """[indices] for the labels [N] of two sides. Both sides get the same number of classes, drawn
-    by seed; the k-th largest classes of both are cut to one size. So both sides have as many images
-    too, and their queries as many matches.
+    """[indices] of a sample of two sides, from their labels [N]. Both sides get the same number C
+    of classes, drawn by seed, and their k-th largest classes are cut to one size. So both have
+    equally many images, and queries have equally many matches.
 
-    Classes of one image are left out. Where there would be more than `most` images, classes are cut
-    to most / C, but not below 20, and whole classes are left out.
+    Classes of one image are left out. To stay below `most` images, classes are first cut to
+    most / C images, but not below 20, and then whole classes are left out.
     """
     rng, chosen = np.random.default_rng(seed), []
     for labels in sides:
@@ -66,8 +66,8 @@ def equal_sample(sides, most=MOST, seed=0):
 
 @torch.inference_mode()
 def embed_heads(model, loader):
-    """{head: X [N, d]}, {head: mean std}, raw pixels [N, 768] of the loader's images. X: the head's
-    mean, L2-normalised, which for "retrieval" is the retrieval embedding."""
+    """({head: X [N, d]}, {head: mean std}, raw pixels [N, 768]) of the loader's images. X: the
+    head's L2-normalised means; those of the head "retrieval" are the retrieval embeddings."""
     model.eval()
     parts, stds, raw = defaultdict(list), defaultdict(list), []
     for pixels, *_ in progress(batches(loader, model.mean.device), len(loader), "diagnosis"):
@@ -85,25 +85,26 @@ def embed_heads(model, loader):
 
 
 def measure(X, labels):
-    """{measure: number} of one head on one side, with its spectra."""
-    p, centred = spectrum(X), spectrum(X, centred=True)
+    """{measure: number} of one head on one side, and its spectra."""
+    p, centred = structure.spectrum(X), structure.spectrum(X, centred=True)
     scores = retrieve(X, labels, (1,), at_r=True).scores
     numbers = {
-        "R@1": scores["R@1"], "MAP@R": scores["MAP@R"], "rho": rho(p), "rho@2": rho(p[1:]),
-        **dict(zip(("intra", "inter", "density"), density(X, labels))),
-        "alignment": alignment(X, labels), "uniformity": uniformity(X),
-        "effective rank": effective_rank(centred),
+        "R@1": scores["R@1"], "MAP@R": scores["MAP@R"],
+        "rho": structure.rho(p), "rho@2": structure.rho(p[1:]),
+        **dict(zip(("intra", "inter", "density"), structure.density(X, labels))),
+        "alignment": structure.alignment(X, labels), "uniformity": structure.uniformity(X),
+        "effective rank": structure.effective_rank(centred),
     }  # fmt: skip
     spectra = {"spectrum": p.tolist(), "centred spectrum": centred.tolist()}
     return {name: float(number) for name, number in numbers.items()} | spectra
 
 
 def diagnose(model, images, loading, batch_size, proxies=None, factors=None):
-    """All measures of a network, as a dictionary that JSON can hold: {measure: number} of each head
-    on each side, and a list of probes.
+    """All measures of a network, as a dictionary for JSON: {measure: number} of each head on each
+    side, and a list of probes. Sides are sampled by equal_sample.
 
-    images: {"train", "test": ImageSet}; proxies [C, d] of the training classes, None: no walks;
-    factors: of probes.read_factors. Both sides have as many classes and images: `equal_sample`.
+    images: {"train", "test": ImageSet}; proxies [C, d] of the training classes, None: without
+    entropy and slope; factors: from probes.read_factors.
     """
     heads, found, samples, tables = defaultdict(dict), [], {}, {}
     rows = equal_sample([images[split].labels for split in SIDES.values()])
@@ -122,7 +123,7 @@ def diagnose(model, images, loading, batch_size, proxies=None, factors=None):
             if name in stds:
                 heads[name][side]["std"] = stds[name].item()
             if proxies is not None:
-                heads[name][side] |= walks(X, labels, proxies)
+                heads[name][side] |= structure.entropy_and_slope(X, labels, proxies)
         features = {"pixels": raw} | embeddings
         features = {name: x.cpu().numpy() for name, x in features.items()}
         class_names = {"class": np.array(sample.classes)[sample.labels]} if side == "unseen" else {}
@@ -140,7 +141,7 @@ def diagnose(model, images, loading, batch_size, proxies=None, factors=None):
 def describe_diagnosis(diagnosis):
     """Lines for a terminal: the measures, their definitions, the probes."""
     heads, N, d = diagnosis["heads"], diagnosis["images"], diagnosis["dimensions"]
-    lines = [f"diagnosis: of training and of unseen classes each N = {N:,} images of "
+    lines = [f"diagnosis of training and of unseen classes, each with N = {N:,} images of "
              f"{diagnosis['classes']:,} classes; X [N, d]: L2-normalised means of a head, d = {d}"]
     if N < 5 * d:
         lines.append("N is not well above d: with more images, rho and effective rank would differ")
@@ -156,7 +157,7 @@ def describe_diagnosis(diagnosis):
     lines += ["", *(f"{name}: {MEASURES[name]}" for name in shown)]
     if "entropy" in shown:
         classes = diagnosis["training classes"]
-        lines.append(f"entropy of {classes:,} classes alike: {math.log(classes):.4f}")
+        lines.append(f"entropy of {classes:,} equally likely classes: {math.log(classes):.4f}")
     names = ["chance", "pixels", *heads]
     lines += ["", "linear probes, % on held-out images; class: accuracy, number: R^2",
               f"{'':36}" + "".join(f"{name:>11}" for name in names)]  # fmt: skip

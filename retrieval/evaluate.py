@@ -25,8 +25,8 @@ def evaluate(model, loader, ks, queries=None, at_r=False, watch=iter):
 
 
 def retrieve(embeddings, labels, ks, queries=None, at_r=False):
-    """The first `queries` images are queries, the rest the gallery; None: each image queries all
-    others. `at_r`: MAP@R and R-Precision too."""
+    """Retrieve with the first `queries` images from the rest, the gallery; None: with each image
+    from all others. `at_r`: MAP@R and R-Precision too."""
     query, gallery = (embeddings, labels), ()
     if queries is not None:
         query = embeddings[:queries], labels[:queries]

@@ -14,7 +14,7 @@ ROW_GROUP = 100  # images whose files are in memory at once
 
 
 def export(path, images, retrieved, neighbours):
-    """Write an ImageSet with the embeddings retrieved of it, or, as .parquet, all of it."""
+    """Write the embeddings of an ImageSet; .parquet also has hits, neighbours and image files."""
     out = Path(path).resolve()
     if out.suffix.lower() == ".parquet":
         write_parquet(out, images, retrieved, neighbours)
@@ -25,8 +25,7 @@ def export(path, images, retrieved, neighbours):
 
 
 def write_npz(path, images, embeddings):
-    """embeddings [N, d], labels [N], classes [C], paths [N]; with a gallery, how many images are
-    queries."""
+    """embeddings [N, d], labels [N], classes [C], paths [N]; with a gallery, how many `queries`."""
     queries = {} if images.queries is None else {"queries": images.queries}
     with replacing(path) as new, open(new, "wb") as file:
         np.savez(
@@ -37,7 +36,7 @@ def write_npz(path, images, embeddings):
 
 def write_parquet(path, images, retrieved, neighbours):
     """A row for each image; `hit@K` and `neighbours` are null for a gallery's."""
-    import pyarrow as pa  # only this needs it
+    import pyarrow as pa  # not among the requirements
     from pyarrow.parquet import ParquetWriter
 
     neighbour = pa.struct({"path": pa.string(), "similarity": pa.float32()})
@@ -55,7 +54,7 @@ def write_parquet(path, images, retrieved, neighbours):
 
 
 def rows(images, retrieved, neighbours):
-    """{column: value} of each image; `image` is its file, as Hugging Face's data sets have it."""
+    """{column: value} of each image; `image` has its file as Hugging Face's data sets do."""
     hits = {f"hit@{k}": hit.tolist() for k, hit in retrieved.hits.items()}
     embeddings, labels = retrieved.embeddings.cpu().numpy(), images.labels.tolist()
     similarities, indices = (part.tolist() for part in neighbours)
@@ -77,5 +76,5 @@ def rows(images, retrieved, neighbours):
 
 
 def as_unicode(name):
-    """Names of files can be in any encoding."""
+    """A file's name, which can be in any encoding, as text."""
     return os.fsencode(name).decode(errors="backslashreplace")

@@ -15,17 +15,17 @@ from retrieval.tiles import (
 )
 from utils import plural, warn
 
-# times sqrt(d) and the precision: more than the rounding error of a dot product of unit vectors
+# SLACK * sqrt(d) * precision exceeds the rounding error of a dot product of unit vectors
 SLACK = 8
-FEW = 4  # non-matches of a query whose similarity precision_at_r computes again in float64
+FEW = 4  # similarities a query that precision_at_r computes again in float64, one by one
 
 
 def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_size=None):
     """{k: fraction of the queries with an image of their class among their k nearest}.
 
     embeddings [Q, d], of any length, and labels [Q] are tensors or arrays, and so is the gallery
-    [M, d], [M], by default the queries. Nearest is by cosine; ties and queries without a match as
-    in hits_at_k. ValueError if shapes differ or something is empty or not finite.
+    [M, d], [M], by default the queries. Nearest is by cosine; ties and queries without a match
+    count as in hits_at_k. ValueError if shapes do not fit or something is empty or not finite.
     """
     query, others = checked(embeddings, labels), ()
     if gallery is not None or gallery_labels is not None:
@@ -41,16 +41,16 @@ def fractions(hits):
 
 
 def checked(embeddings, labels):
-    """(embeddings, L2-normalised, labels) as tensors on one device."""
+    """(L2-normalised embeddings, labels), as tensors on one device."""
     try:
         x, y = (None if part is None else torch.as_tensor(part) for part in (embeddings, labels))
     except (TypeError, ValueError) as error:  # such as labels that are text
-        raise ValueError(f"embeddings or labels are no array of numbers ({error})") from error
+        raise ValueError(f"embeddings or labels are not arrays of numbers ({error})") from error
     if x is None or y is None or x.ndim != 2 or y.shape != x.shape[:1] or not x.numel():
         shapes = [None if part is None else tuple(part.shape) for part in (x, y)]
         raise ValueError(f"embeddings {shapes[0]} and labels {shapes[1]} do not fit, or are empty")
     if y.is_floating_point():
-        raise ValueError(f"labels of type {y.dtype} are no class numbers")
+        raise ValueError(f"labels of type {y.dtype} are not class numbers")
     if not x.isfinite().all():
         raise ValueError("the embeddings are not all finite")
     x = x if x.is_floating_point() else x.double()
@@ -69,7 +69,7 @@ def hits_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_s
     a gallery, each query is compared to all others. Exact: float64 decides where float32 cannot.
     A tie between a match and another image counts against the query. A query without a match is a
     miss, and is reported. Memory: tiles of chunk_size^2 similarities. Processes share the tiles;
-    each has all embeddings. A GPU is not waited for between tiles.
+    each has all embeddings. Tiles do not synchronise with a GPU.
     """
     if len(ks) == 0 or min(ks) < 1:
         raise ValueError(f"K of {ks}: must be at least 1")
@@ -94,11 +94,11 @@ def hits_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None, chunk_s
 def precision_at_r(
     embeddings, labels, gallery=None, gallery_labels=None, chunk_size=None, kept=2**22
 ):
-    """{"MAP@R", "R-Precision"} (Musgrave et al., ECCV 2020, section 3.2): of the R nearest of a
-    query with R matches, the fraction that match, and their average precision; means over queries.
+    """{"MAP@R", "R-Precision"}, means over queries (Musgrave et al., ECCV 2020, section 3.2): of
+    the R nearest of a query with R matches, the average precision, and the share that matches.
 
     Arguments and promises as in hits_at_k. Memory: also the R nearest matches and the R nearest
-    others of all queries, or if these are more than `kept`, of some queries at a time.
+    others of all queries; if these are more than `kept`, of some queries at a time.
     """
     query, others, _ = sorted_by_label(embeddings, labels, gallery, gallery_labels)
     first, end = class_ranges(query, others)
@@ -115,7 +115,7 @@ def precision_at_r(
         nearest = best_others(part, others, tiles, k)
         for rows in round_robin(block.split(512)):
             match, *other = (part[rows - block[0]] for part in (matches, *nearest))
-            other, unsure[rows] = told_apart(query, others, rows, match, *other, slack * 2**-24)
+            other, unsure[rows] = resolve_ties(query, others, rows, match, *other, slack * 2**-24)
             scores[:, rows] = score(match, other, slack * 2**-53)
     for rows in unsure.nonzero().flatten().split(128):
         both = (part.topk(max_R, dim=1).values for part in in_float64(query, others, rows))
@@ -139,7 +139,7 @@ def best_matches(query, gallery, rows, k):
 
 
 def count_ahead(query, gallery, tiles, best, slack):
-    """([Q], [Q]): how many others are surely, and possibly, as similar as the best match [Q, 1]."""
+    """([Q], [Q]): how many others surely, and possibly, are as similar as the best match [Q, 1]."""
     bounds = (best + slack).float(), (best - slack).float()
     counts = torch.zeros(2, len(best), device=best.device, dtype=torch.float64)
     for rows, _, similarity in similarities_of_others(query, gallery, tiles, "recall"):
@@ -150,7 +150,7 @@ def count_ahead(query, gallery, tiles, best, slack):
 
 
 def best_others(query, gallery, tiles, k):
-    """([Q, k], [Q, k]): similarities, in float32, and gallery indices of the best others."""
+    """([Q, k], [Q, k]): similarities, in float32, and gallery indices of the k best others."""
     best = torch.full((len(query[0]), k), -math.inf, device=query[0].device)
     found = torch.zeros_like(best, dtype=torch.long)
     for rows, columns, similarity in similarities_of_others(query, gallery, tiles, "MAP@R"):
@@ -165,8 +165,8 @@ def best_others(query, gallery, tiles, k):
 
 
 def candidates(similarity, k):
-    """(similarities, columns) [r, few], among them the k greatest of each row: these lie in the k
-    groups of columns that have the greatest maxima."""
+    """(similarities, columns) [r, few] that include the k greatest of each row. Those lie in the k
+    groups of columns with the greatest maxima."""
     width = similarity.shape[1]
     size = max(1, math.isqrt(width // k))
     count = width // size
@@ -179,22 +179,22 @@ def candidates(similarity, k):
     return similarity.gather(1, columns), columns
 
 
-def told_apart(query, gallery, rows, matches, values, indices, slack):
-    """([r, k], [r]): of the queries `rows`, the similarities of the best others, in float64 where
-    float32 cannot tell whether a match is ahead; and whether that is not enough."""
+def resolve_ties(query, gallery, rows, matches, values, indices, slack):
+    """The best others' similarities [r, k], in float64 where float32 cannot tell whether a match is
+    ahead; and whether more than these are near ties, [r]. rows: of the queries."""
     values = values.double()
     above, below = (torch.searchsorted(-matches, shift - values) for shift in (-slack, slack))
     close = above != below
     few = close.byte().topk(min(FEW, close.shape[1]), dim=1).indices
     x, y = query[0][rows].double(), gallery[0][indices.gather(1, few)].double()
     exact = torch.einsum("rd,rfd->rf", x, y).where(close.gather(1, few), values.gather(1, few))
-    at_the_end = (matches - values[:, -1:]).abs() <= slack  # others, not kept, may be ahead of it
+    at_the_end = (matches - values[:, -1:]).abs() <= slack  # others that were not kept may be ahead
     unsure = (close.sum(dim=1) > FEW) | at_the_end.any(dim=1)
     return values.scatter(1, few, exact), unsure
 
 
 def score(matches, others, slack):
-    """[2, r]: average precision and precision at R, given the R best similarities of both."""
+    """[2, r]: average precision and precision at R, from the R best matches and others."""
     found = matches.isfinite()
     R = found.sum(dim=1, keepdim=True).clamp_min(1).double()
     number = torch.arange(1, matches.shape[1] + 1, device=R.device, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A few queries with their nearest images, as a figure."""
+"""Figures: queries with their nearest images, a diagnosis, a calibration."""
 
 import io
 
@@ -15,8 +15,8 @@ def png_of(figure, dpi):
 
 
 def draw_neighbours(images, similarities, indices, count=8):
-    """A row for each of `count` queries, evenly spaced, with its `neighbours`: a tick and a line
-    for those of its class, a cross and dashes for others."""
+    """A row for each of `count` evenly spaced queries, with its `neighbours`. Those of its class
+    have a tick and a line, others a cross and dashes."""
     from matplotlib.figure import Figure
 
     queries, top = indices.shape
@@ -38,8 +38,8 @@ def draw_neighbours(images, similarities, indices, count=8):
 
 
 def draw_diagnosis(diagnosis, title):
-    """Spectra, entropy between two classes, bars of the measures and of the probes, of each
-    head on training and on unseen classes: a PNG's bytes."""
+    """A PNG's bytes: spectra, entropy between two classes, bars of the measures and of the probes,
+    for each head on training and on unseen classes."""
     from matplotlib.figure import Figure
 
     factors = {probe["of"] for probe in diagnosis["probes"]}
@@ -55,8 +55,8 @@ def draw_diagnosis(diagnosis, title):
 
 
 def draw_calibration(calibration, counts, title):
-    """The cosines of pairs of one class and of different classes, with the threshold, and how many
-    match by threshold: a PNG's bytes. counts: {kind of pair: [bins]}."""
+    """A PNG's bytes: the cosines of pairs of one class and of different classes with the threshold,
+    and the share that matches by threshold. counts: {kind of pair: [bins]}."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
@@ -64,7 +64,7 @@ def draw_calibration(calibration, counts, title):
     density, rates = figure.subplots(1, 2)
     (used,) = sum(counts.values()).nonzero()
     first, last, bins = int(used[0]), int(used[-1]), len(counts["one class"])
-    width = 2 ** max(0, (last - first).bit_length() - 7)  # of 64 to 128 bars
+    width = 2 ** max(0, (last - first).bit_length() - 7)  # bins in a bar, for 64 to 128 bars
     edges = torch.linspace(-1, 1, bins + 1).numpy()
     for (kind, each), colour, style in zip(counts.items(), ("#0060a8", "#d1600a"), ("-", "--")):
         bars = each.reshape(-1, width).sum(axis=1) / each.sum() * bins / 2 / width
@@ -82,7 +82,7 @@ def draw_calibration(calibration, counts, title):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
     density.set_title("density of the pairs' cosines", fontsize="medium")
-    density.set_ylim(0, 1.3 * density.get_ylim()[1])  # the legend is above
+    density.set_ylim(0, 1.3 * density.get_ylim()[1])  # room for the legend
     rates.set(yscale="log", ylim=(100 / max(counts["different classes"].sum(), 10), 130))
     rates.yaxis.set_major_formatter("{x:g}")
     rates.set_title("% of pairs that match, by threshold", fontsize="medium")
@@ -95,7 +95,7 @@ COLOURS = {"retrieval": "#0060a8", "specific": "#d1600a", "pixels": "#8a8a8a"}
 
 
 def look_of(head, side):
-    """A head is a colour; training is filled and solid, unseen is light and dashed."""
+    """(label, colour, line style, opacity). Training is solid, unseen is light and dashed."""
     unseen = side == "unseen"
     return f"{head}, {side}", COLOURS[head], "--" if unseen else "-", 0.45 if unseen else 1.0
 
@@ -165,7 +165,7 @@ def draw_probes(figure, diagnosis):
                  xlabel="% on held-out images; class: accuracy, number: R²")  # fmt: skip
         axes.set_title(f"linear probes, {side} classes", fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
-    for name in names:  # for the legend alone
+    for name in names:  # drawn for the legend only
         axes.barh(0, 0, color=COLOURS[name], label=name)
     axes.plot([], [], "k", linewidth=2, label="chance")
     figure.legend(loc="outside lower center", ncols=4)

@@ -15,7 +15,7 @@ FEW = 10
 
 def read_factors(file):
     """{factor: {path: value}} of a list with the column `path`, relative to the list, and a column
-    for each factor. Values are floats, or text, which is a class."""
+    for each factor. A value is a number or the name of a class."""
     file, columns = Path(file), {}
     try:
         with open(file, encoding="utf-8-sig", newline="") as text:
@@ -40,7 +40,7 @@ def read_factors(file):
 
 
 def as_numbers(column):
-    """{path: float} where all values are numbers, more than FEW different ones; else the column."""
+    """{path: float} if all values are numbers and more than FEW are different; else the column."""
     try:
         numbers = {path: float(value) for path, value in column.items()}
     except ValueError:
@@ -50,8 +50,8 @@ def as_numbers(column):
 
 
 def factors_of(factors, paths, side):
-    """{factor: values [N]} of the images `paths`; UserError where one has no row. A factor that
-    these images cannot tell apart is left out, with a warning."""
+    """{factor: values [N]} of the images `paths`; UserError if one has no row. A factor that cannot
+    be probed on these images is left out, with a warning."""
     chosen, absolute = {}, [os.path.abspath(path) for path in paths]
     for name, column in factors.items():
         missing = [path for path, key in zip(paths, absolute) if key not in column]
@@ -73,17 +73,17 @@ def is_class(values):
 
 
 def halves(values):
-    """(fitted, held out): indices of every other image, in order of value and at random within one,
-    so that both halves have each value as often."""
+    """(fitted, held out): indices of the images, sorted by value and at random within a value, and
+    taken alternately, so that both halves have each value equally often."""
     codes = np.unique(values, return_inverse=True)[1]
     order = np.lexsort((np.random.default_rng(0).random(len(values)), codes))
     return order[::2], order[1::2]
 
 
 def probe(features, values):
-    """Per cent on held-out images of features [N, F], standardised: of classes, those that
-    scikit-learn's logistic regression names; of numbers, the variance that its ridge regression
-    explains (R^2), its penalty chosen on the fitted images."""
+    """Per cent on held-out images, from standardised features [N, F]. Classes: the accuracy of
+    scikit-learn's logistic regression; numbers: the R^2 of its ridge regression, with the penalty
+    chosen on the fitted images."""
     from sklearn.linear_model import LogisticRegression, RidgeCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -92,13 +92,13 @@ def probe(features, values):
     classes, numbers = LogisticRegression(max_iter=1000), RidgeCV(np.logspace(-1, 5, 13))
     model = make_pipeline(StandardScaler(), classes if is_class(values) else numbers)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says where it has not converged to the last digit
+        warnings.simplefilter("ignore")  # of convergence that misses the last digits
         model.fit(features[fitted], values[fitted])
     return 100 * float(model.score(features[held_out], values[held_out]))
 
 
 def chance(values):
-    """What `probe` scores without features: by the value that is the most frequent, or the mean."""
+    """What `probe` scores without features: by the most frequent class, or the mean number."""
     if not is_class(values):
         return 0.0
     fitted, held_out = halves(values)
@@ -107,8 +107,8 @@ def chance(values):
 
 
 def probes(features, factors, side):
-    """[{"of", "side", "kind", "chance", and per cent by name of the features}] for factors {name:
-    values [N]}; features: {name: [N, F]}."""
+    """[{"of", "side", "kind", "chance", and a score for each of `features`}], a row for each factor
+    of {name: values [N]}; features: {name: [N, F]}."""
     return [
         {"of": name, "side": side, "kind": "class" if is_class(values) else "number",
          "chance": chance(values), **{what: probe(x, values) for what, x in features.items()}}

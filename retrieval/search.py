@@ -1,4 +1,4 @@
-"""Nearest neighbours, exact, in memory that does not grow with the gallery."""
+"""Nearest neighbours and duplicates: exact, by blocks of similarities."""
 
 import contextlib
 import math
@@ -16,7 +16,7 @@ NEIGHBOURS = 8  # in pages and exports
 
 @contextlib.contextmanager
 def exact_products():
-    """As a `with` or a decorator: TensorFloat-32 and autocast are off, and restored at the end."""
+    """In a `with` or as a decorator: matrix products without TensorFloat-32 or autocast."""
     settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before, older = [setting.fp32_precision for setting in settings], None
     with contextlib.suppress(RuntimeError):  # torch refuses to read the older API after the newer
@@ -60,8 +60,8 @@ def nearest(queries, gallery, top, excluded=None, chunk_size=2**16):
 
 
 def neighbours(embeddings, top, queries=None):
-    """`nearest` of each image [N, d] among all others, or of the first `queries` among the rest, on
-    the CPU. Indices are rows of `embeddings`."""
+    """`nearest` of each image [N, d] among all others, or of the first `queries` among the rest.
+    Results are on the CPU; indices are rows of `embeddings`."""
     first = queries or 0
     parts = []
     chunks = torch.arange(queries or len(embeddings), device=embeddings.device).split(256)
@@ -75,9 +75,9 @@ def neighbours(embeddings, top, queries=None):
 @torch.inference_mode()
 @exact_products()
 def duplicates(embeddings, threshold, chunk_size=2048):
-    """[(images, similarities)]: groups that pairs at or above `threshold` connect, best first. A
-    similarity is that to the most similar image of the group. embeddings [N, d]: L2-normalised.
-    Memory: chunk_size^2 similarities and, where all are above, as many pairs."""
+    """[(images, similarities)]: groups of images connected by pairs at or above `threshold`, best
+    first. Each image has the similarity of its most similar one. embeddings [N, d]: L2-normalised.
+    Memory: chunk_size^2 similarities and, if all reach the threshold, as many pairs."""
     count, device = len(embeddings), embeddings.device
     images = embeddings, torch.arange(count, device=device)  # each a class of its own
     best, group = torch.full((count,), -math.inf, device=device), np.arange(count)
@@ -86,7 +86,7 @@ def duplicates(embeddings, threshold, chunk_size=2048):
         i, j = (similarity >= threshold).nonzero(as_tuple=True)
         best[rows].scatter_reduce_(0, i, similarity[i, j], "amax")
         one, other = group[rows][i.cpu()], group[columns][j.cpu()]
-        if (new := one != other).any():  # most pairs are of a group that is known
+        if (new := one != other).any():  # most pairs connect what is connected already
             pairs = coo_array((new[new], (one[new], other[new])), shape=(count, count))
             group = connected_components(pairs, directed=False)[1][group]
     best = best.cpu().numpy()

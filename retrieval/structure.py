@@ -1,4 +1,4 @@
-"""How an embedding is built: the field's measures, each as its formula.
+"""The field's measures of an embedding's structure, each as its formula.
 
 X [N, d]: L2-normalised embeddings; labels [N]. Sums are in float64. Every measure depends on N:
 compare at equal N, well above d.
@@ -18,7 +18,7 @@ SCALE = 23.0  # of p(k | x), as in DDML's terms
 
 
 def spectrum(X, centred=False):
-    """p = s / sum(s), largest first, [min(N, d)]; s: the singular values of X, or of X less its
+    """p = s / sum(s), largest first, [min(N, d)]; s: the singular values of X, or of X minus its
     mean, not squared."""
     X = X.double()
     s = torch.linalg.svdvals(X - X.mean(dim=0) if centred else X)
@@ -26,19 +26,19 @@ def spectrum(X, centred=False):
 
 
 def rho(p):
-    """KL(uniform || p) = mean(log(1 / d) - log p) of a spectrum that is not centred. Of p[1:],
-    which is scaled to sum 1, it is rho@2. 0: all directions alike. (Roth et al., ICML 2020)"""
+    """KL(uniform || p) = mean(log(1 / d) - log p) of a spectrum that is not centred; p is scaled to
+    sum 1. 0: all directions alike. rho@2 is rho(p[1:]). (Roth et al., ICML 2020)"""
     p = (p / p.sum().clamp_min(SMALLEST)).clamp_min(SMALLEST)
     return (-math.log(len(p)) - p.log()).mean()
 
 
 def effective_rank(p):
-    """exp(entropy of p), of the spectrum of centred X. (Roy and Vetterli 2007)"""
+    """exp(entropy of p), where p is the spectrum of centred X. (Roy and Vetterli 2007)"""
     return (-torch.xlogy(p, p).sum()).exp()
 
 
 def squared_distances(X):
-    """|x - x'|^2 of each pair: of unit vectors, twice the cosine distance."""
+    """|x - x'|^2 of each pair; for unit vectors that is twice the cosine distance."""
     return torch.pdist(X).double().square()
 
 
@@ -68,7 +68,7 @@ def uniformity(X):
     return (-2 * squared_distances(X)).exp().mean().log()
 
 
-def walks(X, labels, proxies, pairs=200, points=51, seed=0):
+def entropy_and_slope(X, labels, proxies, pairs=200, points=51, seed=0):
     """{"entropy", "slope", "entropy along": [points]} of p(k | x) = softmax(23 cos(x, P)) along the
     straight line between two images of different classes, normalised at each point. entropy: in
     nats, mean over lines and points; slope: the largest change of the top p(k | x) between two
@@ -89,13 +89,13 @@ def walks(X, labels, proxies, pairs=200, points=51, seed=0):
 
 
 def at_the_heads(criterion, heads, terms):
-    """Of a batch's heads [B, 2d]: the mean std of each, and each weighted term's share of the
-    gradient: the L2 norm of its gradient at both heads, over the sum of all terms'."""
+    """{name: scalar} of a batch's heads [B, 2d]: each head's mean std, and each weighted term's
+    share of the gradient: its L2 norm at both heads, over the sum of all terms' norms."""
     std, std_specific = (standard_deviation(head.chunk(2, dim=1)[1])[0].mean() for head in heads)
     norms = []
     for weight, term in zip((1, criterion.al, criterion.be, criterion.gam), terms.values()):
         gradients = torch.autograd.grad(term, heads, retain_graph=True, materialize_grads=True)
-        # the mean over ranks: with --shard-proxies each has the part of its own classes, times W
+        # mean over ranks: with --shard-proxies each has W times its own classes' part
         norms.append(weight * (all_reduce(torch.cat(gradients)) / world_size()).norm())
     total = sum(norms).clamp_min(1e-30)  # all may be 0
     shares = {f"share_{name}": norm / total for name, norm in zip(terms, norms)}

@@ -1,4 +1,4 @@
-"""The similarities that recall and MAP@R are counted from, tile by tile."""
+"""The similarities behind recall, MAP@R and duplicates, tile by tile."""
 
 import math
 
@@ -27,8 +27,8 @@ def class_ranges(query, gallery):
 
 
 def tiles_of(query, gallery, size):
-    """[(rows, columns, whether a match is in them)] of the matrix of similarities. It is symmetric
-    where the gallery is the query: then only those on and above the diagonal."""
+    """[(rows, columns, whether a match is in them)] of the matrix of similarities. If the gallery
+    is the query, the matrix is symmetric: only tiles on and above the diagonal."""
     sides = []
     for _, labels in (query, gallery):
         numbers = labels.tolist()
@@ -43,8 +43,8 @@ def tiles_of(query, gallery, size):
 
 
 def similarities_of_others(query, gallery, tiles, what):
-    """Yields (rows, columns, [r, c] float32 similarities), -inf in place of those of matches, of
-    this process's tiles and of their mirror images."""
+    """Yields (rows, columns, float32 similarities [r, c]) of this rank's tiles and their mirror
+    images. Similarities of matches are -inf."""
     (x, labels), (y, gallery_labels) = query, gallery
     tiles = round_robin(tiles)
     for rows, columns, has_matches in progress(tiles, len(tiles), what):

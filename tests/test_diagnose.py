@@ -30,7 +30,15 @@ from net import load_model
 from recipe import build_criterion
 from retrieval.diagnose import SIDES, equal_sample
 from retrieval.probes import chance, halves, probe
-from retrieval.structure import alignment, density, effective_rank, rho, spectrum, uniformity, walks
+from retrieval.structure import (
+    alignment,
+    density,
+    effective_rank,
+    entropy_and_slope,
+    rho,
+    spectrum,
+    uniformity,
+)
 from runs import diagnosis
 from tests.conftest import TINY, checkpoint_of, fails, made_once, make_cub, make_folder, run_folder
 from tests.test_page import data_of
@@ -45,7 +53,7 @@ def made(n=300, classes=7, d=12, seed=0):
     return F.normalize((x + 1) * torch.linspace(0.2, 3, d)), labels
 
 
-def test_spectral_measures_are_those_of_scipy_and_scikit_learn():
+def test_spectral_measures_equal_those_of_scipy_and_scikit_learn():
     x, _ = made()
     s = np.linalg.svd(x.double().numpy(), compute_uv=False)
     uniform = np.full(12, 1 / 12)
@@ -59,7 +67,7 @@ def test_spectral_measures_are_those_of_scipy_and_scikit_learn():
     assert abs(expected - effective_rank(spectrum(x)).item()) > 0.1  # centring matters
 
 
-def test_distances_within_and_between_classes_are_those_of_each_pair():
+def test_density_and_alignment_equal_those_computed_pair_by_pair():
     x, labels = made()
     x, y = x.double().numpy(), labels.numpy()
     within, squares, means = [], [], []
@@ -107,10 +115,10 @@ def test_isotropic_rank_one_and_collapsed_embeddings_have_known_measures():
     assert uniformity(line).item() == pytest.approx(math.log(same + (1 - same) * math.exp(-8)))
 
 
-def test_walks_are_those_of_the_formula_point_by_point():
+def test_entropy_and_slope_equal_their_formula_point_by_point():
     x, labels = made()
     proxies = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
-    found = walks(x, labels, proxies, pairs=20, points=11, seed=3)
+    found = entropy_and_slope(x, labels, proxies, pairs=20, points=11, seed=3)
     rng, P = np.random.default_rng(3), F.normalize(proxies).double().numpy()
     starts, entropies, slopes = rng.integers(300, size=20), [], []
     for start in starts:
@@ -127,12 +135,12 @@ def test_walks_are_those_of_the_formula_point_by_point():
     assert found["slope"] == pytest.approx(np.mean(slopes), rel=1e-4)
 
 
-def test_halfway_between_two_proxies_both_classes_are_as_likely():
-    along = walks(torch.eye(2), torch.arange(2), torch.eye(2), pairs=4)["entropy along"]
+def test_halfway_between_two_proxies_both_classes_are_equally_likely():
+    along = entropy_and_slope(torch.eye(2), torch.arange(2), torch.eye(2), pairs=4)["entropy along"]
     assert along[25] == pytest.approx(math.log(2)) == max(along) and along[0] < 1e-6 > along[-1]
 
 
-def test_a_sample_has_as_many_classes_and_images_of_each_size_on_both_sides():
+def test_both_sides_of_a_sample_have_classes_of_the_same_sizes():
     rng = np.random.default_rng(0)
     sides = [torch.tensor(rng.permutation(np.repeat(np.arange(len(sizes)), sizes)))
              for sizes in ([1, 9, 30, 12, 25, 40], [7, 50, 11, 20, 2, 1, 33, 8])]  # fmt: skip
@@ -153,7 +161,7 @@ def features_with(codes, noise, d=10):
     return codes @ weights + noise * rng.normal(size=(len(codes), d))
 
 
-def test_a_probe_finds_a_factor_that_is_linearly_there_and_none_that_is_absent():
+def test_a_probe_finds_a_linear_factor_and_scores_chance_on_an_absent_one():
     rng = np.random.default_rng(0)
     names, numbers = rng.choice(list("abcd"), 800), rng.normal(size=800)
     absent = rng.normal(size=(800, 10))
@@ -165,7 +173,7 @@ def test_a_probe_finds_a_factor_that_is_linearly_there_and_none_that_is_absent()
     assert probe(ring, numbers) < 20  # it is there, but not linearly
 
 
-def test_a_probe_is_scikit_learn_s_on_held_out_images_and_chance_its_dummy():
+def test_a_probe_and_its_chance_equal_those_of_scikit_learn_on_held_out_images():
     rng = np.random.default_rng(0)
     names = rng.choice(list("abc"), 401, p=[0.5, 0.3, 0.2])
     x = features_with(np.eye(3)[np.unique(names, return_inverse=True)[1]], 3)
@@ -237,7 +245,7 @@ def test_a_diagnosis_goes_to_the_terminal_json_a_picture_and_the_page_of_its_run
     assert len(data_of(trained / "page.html")["sections"]) == 2
 
 
-def test_heads_and_stds_are_those_of_the_network_on_the_images_of_each_side(trained):
+def test_the_measures_are_those_of_the_networks_heads_on_the_images_of_each_side(trained):
     last = checkpoint_of(trained)
     evaluate.main(shlex.split(f"'{last}' --workers 0 --diagnose --json r.json --metrics"))
     written = json.loads(Path("r.json").read_text())
@@ -263,7 +271,7 @@ def test_heads_and_stds_are_those_of_the_network_on_the_images_of_each_side(trai
             assert found["rho"] == pytest.approx(rho(spectrum(x)).item(), rel=1e-3)
             assert found["spectrum"] == pytest.approx(spectrum(x).tolist(), rel=1e-3)
             assert found["std"] == pytest.approx(F.softplus(head[:, 8:] - 5).mean().item())
-            expected = walks(x, images.labels, proxies)["entropy"]
+            expected = entropy_and_slope(x, images.labels, proxies)["entropy"]
             assert found["entropy"] == pytest.approx(expected, rel=1e-3)
 
 
@@ -283,7 +291,7 @@ def test_plain_losses_and_held_out_classes_are_diagnosed(here, capsys, flags, sa
     assert len(heads) == 2 - ("False" in flags)
 
 
-def test_training_images_are_those_of_the_run_read_on_its_background(here, capsys, monkeypatch):
+def test_the_diagnosis_reads_training_images_as_the_run_did(here, capsys, monkeypatch):
     torn = min(make_folder(here / "data").glob("*/*"))
     torn.write_bytes(b"torn")
     flags = TINY.replace("cub", "folder")
@@ -296,7 +304,7 @@ def test_training_images_are_those_of_the_run_read_on_its_background(here, capsy
     assert len(seen["train"]) == 15
 
 
-def test_what_cannot_be_diagnosed_or_probed_ends_in_one_line(trained, capsys):
+def test_a_diagnosis_that_is_impossible_ends_in_one_line(trained, capsys):
     def line(flags):
         return fails(f"'{trained}' --workers 0 --diagnose {flags}", capsys, evaluate.main)
 

@@ -1,6 +1,7 @@
 """recall_at_k against a brute-force float64 count, and the cases that shortcuts get wrong."""
 
 import resource
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def random_set(n=90, classes=9, d=16, seed=0):
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 90, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
-def test_agrees_with_brute_force_for_any_chunk_size(chunk_size, dtype):
+def test_recall_at_k_agrees_with_brute_force_for_any_chunk_size(chunk_size, dtype):
     x, labels = random_set()
     x = x.to(dtype)
     expected = brute_force(x, labels, KS)
@@ -62,22 +63,13 @@ def test_agrees_with_brute_force_for_any_chunk_size(chunk_size, dtype):
     assert recall_at_k(x, labels, KS, chunk_size=chunk_size) == expected
 
 
-def test_waits_for_the_device_do_not_grow_with_the_tiles():
+@pytest.mark.parametrize("metric", [partial(recall_at_k, ks=KS), precision_at_r])
+def test_synchronisations_with_the_device_do_not_grow_with_the_tiles(metric):
     x, labels = F.normalize(torch.randn(200, 16)), torch.arange(200) // 5
     counts = set()
     for chunk_size in (8, 256):
         with Waits() as waits:
-            recall_at_k(x, labels, KS, chunk_size=chunk_size)
-        counts.add(len(waits.seen))
-    assert len(counts) == 1 and 0 < counts.pop() < 13
-
-
-def test_waits_of_precision_at_r_do_not_grow_with_the_tiles():
-    x, labels = F.normalize(torch.randn(200, 16)), torch.arange(200) // 5
-    counts = set()
-    for chunk_size in (8, 256):
-        with Waits() as waits:
-            precision_at_r(x, labels, chunk_size=chunk_size)
+            metric(x, labels, chunk_size=chunk_size)
         counts.add(len(waits.seen))
     assert len(counts) == 1 and 0 < counts.pop() < 13
 
@@ -97,7 +89,7 @@ def test_a_collapsed_embedding_scores_near_zero(chunk_size):
     assert recall_at_k(x, labels, (1, 49, 51), chunk_size=chunk_size) == {1: 0, 49: 0, 51: 1}
 
 
-def test_similarities_closer_than_float32_can_tell_are_still_ordered():
+def test_similarities_that_only_float64_tells_apart_are_ordered():
     query = torch.tensor([1.0, 0.0], dtype=torch.float64)
     angles = torch.tensor([1e-5, 2e-5, 1.0], dtype=torch.float64)
     gallery = torch.stack([angles.cos(), angles.sin()], dim=1)
@@ -122,7 +114,7 @@ def test_chance_is_the_recall_of_a_random_order():
     assert "4 images of 2 classes (R@1 by chance: 50.0 %)" in describe("x", images)
 
 
-def test_agrees_with_pytorch_metric_learning_at_one():
+def test_recall_at_1_agrees_with_pytorch_metric_learning():
     x, labels = random_set(200)
     peer = AccuracyCalculator(
         include=("precision_at_1",), k=1, knn_func=CustomKNN(CosineSimilarity())
@@ -132,7 +124,7 @@ def test_agrees_with_pytorch_metric_learning_at_one():
 
 
 def brute_force_at_r(x, labels, gallery=None, gallery_labels=None):
-    """By the definition: the list of each query, sorted, what matches last among equals."""
+    """By the definition: each query's list, sorted; among equals, matches come last."""
     itself = gallery is None
     if itself:
         gallery, gallery_labels = x, labels
@@ -165,7 +157,7 @@ def test_precision_at_r_agrees_with_brute_force_with_duplicates_and_lone_images(
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 1024])
 @pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-4])
-def test_precision_at_r_of_near_ties_that_only_float64_tells(chunk_size, scale):
+def test_precision_at_r_of_near_ties_that_only_float64_tells_apart(chunk_size, scale):
     noise, labels = random_set(90, d=512)
     x = F.normalize((1 + scale * noise).double())
     expected = brute_force_at_r(x, labels)
@@ -214,7 +206,7 @@ def retrieved(x, labels):
     return recall_at_k(x, labels, KS), precision_at_r(x, labels), *(y.tolist() for y in neighbours)
 
 
-def test_under_autocast_every_result_of_retrieval_is_the_one_without():
+def test_autocast_changes_no_result_of_retrieval():
     x, labels = random_set()
     expected = retrieved(x, labels)
     with torch.autocast("cpu", torch.bfloat16):
@@ -231,7 +223,7 @@ MATMUL = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
     (torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
 ])  # fmt: skip
-def test_whatever_precision_is_set_products_have_float32s_and_it_is_set_again(owner, name, value):
+def test_retrieval_multiplies_in_float32_and_restores_the_precision_set(owner, name, value):
     setattr(owner, name, value)
     as_set, seen = [setting.fp32_precision for setting in MATMUL], []
 
@@ -247,7 +239,7 @@ def test_whatever_precision_is_set_products_have_float32s_and_it_is_set_again(ow
 
 
 @pytest.mark.parametrize("precision", ["high", "highest"])
-def test_exact_products_can_be_read_by_torchs_older_api_too_as_tunable_op_does(precision):
+def test_exact_products_leave_torchs_older_precision_api_readable(precision):
     torch.set_float32_matmul_precision(precision)
     with exact_products():
         assert not torch.backends.cuda.matmul.allow_tf32
@@ -280,14 +272,14 @@ def test_query_against_a_gallery_excludes_nothing(chunk_size):
     assert recall_at_k(*arguments, chunk_size=chunk_size) == brute_force(*arguments)
 
 
-def test_an_embedding_that_is_not_finite_is_refused_not_scored():
+def test_an_embedding_that_is_not_finite_is_refused():
     x, labels = random_set()
     x[4, 2] = float("nan")
     with pytest.raises(ValueError, match="not all finite"):
         recall_at_k(x, labels, KS)
 
 
-def test_embeddings_labels_and_gallery_that_do_not_fit_are_named():
+def test_embeddings_labels_and_a_gallery_that_do_not_fit_are_refused():
     x, labels = torch.ones(48, 4), torch.zeros(48).long()
     for arguments, both in [
         ((x, labels[:10], KS), r"\(48, 4\) and labels \(10,\)"),
@@ -302,15 +294,15 @@ def test_embeddings_labels_and_gallery_that_do_not_fit_are_named():
     assert recall_at_k(x, labels.int(), (1,)) == {1: 1.0}
     for arguments, reason in [
         ((x[:0], labels[:0], KS), "are empty"),
-        ((x, labels / 2, KS), "no class numbers"),
-        ((x, ["a"] * 48, KS), "no array of numbers"),
+        ((x, labels / 2, KS), "not class numbers"),
+        ((x, ["a"] * 48, KS), "not arrays of numbers"),
         ((x, labels, ()), "at least 1"),
     ]:
         with pytest.raises(ValueError, match=reason):
             recall_at_k(*arguments)
 
 
-def test_recall_is_by_cosine_whatever_the_lengths_and_takes_arrays():
+def test_recall_is_by_cosine_for_embeddings_of_any_length_and_for_arrays():
     x, labels = random_set()
     longer = x * torch.linspace(0.1, 30, len(x))[:, None]
     expected = brute_force(F.normalize(longer.double()), labels, KS)
@@ -342,7 +334,7 @@ def test_memory_at_sop_size_stays_below_512_mb(here):
     assert float(Path("out").read_text()) < 512
 
 
-def test_recall_at_k_is_the_same_wherever_it_is_imported_from():
+def test_evaluate_has_recall_at_k_of_retrieval_metrics():
     assert evaluate.recall_at_k is metrics.recall_at_k
 
 

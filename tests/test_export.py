@@ -81,7 +81,7 @@ def assert_rows(rows, file, queries, candidates):
         assert row["hit@1"] == (labels[found[0]] == labels[i])
 
 
-def test_parquet_holds_what_npz_does_the_files_and_the_neighbours(here, monkeypatch, capsys):
+def test_parquet_has_what_npz_has_and_the_files_and_neighbours(here, monkeypatch, capsys):
     monkeypatch.setattr(embedding_export, "ROW_GROUP", 5)
     make_folder(here / "data")
     run = train_one_epoch(here, "--dataset folder")
@@ -96,7 +96,7 @@ def test_parquet_holds_what_npz_does_the_files_and_the_neighbours(here, monkeypa
     assert capsys.readouterr().out.endswith(f"R@1 : {100 * hits:.3f}\n")
 
 
-def test_neighbours_of_queries_are_of_the_gallery_which_has_none(here):
+def test_queries_have_neighbours_from_the_gallery_and_the_gallery_has_none(here):
     make_inshop(here / "data")
     run = train_one_epoch(here, "--dataset Inshop")
     rows, file = exported(run, "e.parquet"), exported(run, "e.npz")
@@ -114,7 +114,7 @@ def test_names_in_any_encoding_are_written(here):
     assert [row["image"]["path"] for row in rows if "caf" in row["path"]] == ["caf\\xe9.jpg"]
 
 
-def test_an_image_that_is_gone_leaves_no_file(here, monkeypatch, capsys):
+def test_an_image_that_disappears_during_the_export_leaves_no_file(here, monkeypatch, capsys):
     pytest.importorskip("pyarrow")
     make_folder(here / "data")
     run = train_one_epoch(here, "--dataset folder")
@@ -177,7 +177,7 @@ def make_pictures(folder):
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_the_file_beside_a_saved_network_makes_of_every_picture_the_pixels_that_it_is_fed_here(
+def test_the_file_beside_a_saved_network_makes_the_same_pixels_from_every_picture(
     here, monkeypatch, interpolation
 ):
     facts = {"interpolation": interpolation}
@@ -211,7 +211,7 @@ def test_the_example_without_this_repository_embeds_pictures_as_search_does(trai
         np.testing.assert_allclose(np.load(away / "embeddings.npy"), index["embeddings"], atol=1e-6)
 
 
-def test_saving_a_network_evaluates_nothing_and_says_so(run, capsys):
+def test_save_model_refuses_flags_that_evaluate(run, capsys):
     for flag in ("--json e.json", "--export e.npz", "--page p.html", "--diagnose", "--calibrate"):
         line = fails(f"'{run}' --save-model m.pt2 {flag}", capsys, evaluate.main)
         assert f"{flag.split()[0]}: --save-model evaluates nothing" in line
@@ -225,7 +225,7 @@ def test_bn_inception_is_saved(here, capsys):
     assert "m.pt2: uint8 [B, 32, 32, 3] -> float32 [B, 16]; on 8 " in capsys.readouterr().out
 
 
-def test_a_network_that_cannot_be_saved_or_not_well_enough_leaves_no_file(here, monkeypatch):
+def test_a_network_that_cannot_be_saved_exactly_enough_leaves_no_file(here, monkeypatch):
     def pool(network, x):
         return toy.pool(network, x if len(x) == 2 else -x)
 
@@ -245,7 +245,7 @@ def test_a_network_that_cannot_be_saved_or_not_well_enough_leaves_no_file(here, 
     ("--save-model m.onnx", "onnx", "m.onnx: pip install onnx onnxscript onnxruntime"),
     ("--save-model nowhere/m.pt2", None, "--save-model nowhere/m.pt2: not a file's path in a"),
 ])  # fmt: skip
-def test_what_cannot_be_written_is_refused_before_any_image_is_looked_for(
+def test_an_output_that_cannot_be_written_is_refused_before_images_are_read(
     here, monkeypatch, capsys, flags, missing, line
 ):
     torch.save({"model_state_dict": create_model("toy", 8).state_dict()}, "p.pth")

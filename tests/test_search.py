@@ -269,7 +269,7 @@ def test_the_page_of_a_search_marks_what_is_above_in_a_browser(here, trained, ca
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
 @pytest.mark.parametrize("threshold", [-1, 0.5, 0.8, 0.99])
-def test_duplicates_are_the_groups_that_all_pairs_give(chunk_size, threshold):
+def test_duplicates_equal_the_groups_of_all_pairs(chunk_size, threshold):
     torch.manual_seed(0)
     x = F.normalize(torch.randn(60, 4))
     x[50:] = x[:10]
@@ -291,7 +291,7 @@ def test_duplicates_are_the_groups_that_all_pairs_give(chunk_size, threshold):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
-def test_neighbours_are_those_of_one_product_whatever_the_chunks(chunk_size):
+def test_neighbours_do_not_depend_on_the_chunk_size(chunk_size):
     torch.manual_seed(0)
     gallery = F.normalize(torch.randn(90, 8))
     queries = F.normalize(torch.randn(5, 8))
