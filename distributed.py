@@ -113,19 +113,6 @@ def all_reduce_max(number):
     return int(all_reduce(torch.tensor(int(number)), "max"))
 
 
-def all_reduce_max_later(*numbers):
-    """Waits for no rank: returns a function that does, and gives each number's greatest."""
-    x, wait = torch.tensor(numbers, dtype=torch.long), list
-    if world_size() > 1:
-        wait = dist.all_reduce(x, dist.ReduceOp.MAX, async_op=True).wait
-
-    def greatest():
-        wait()
-        return x.tolist()
-
-    return greatest
-
-
 def barrier():
     """Wait for all ranks, on the CPU."""
     all_reduce_max(0)

@@ -26,7 +26,7 @@ from flags import (
 from loading.cache import keep_on_device, read_from_memory
 from loading.loader import Loading, batches, test_loader, train_loader
 from losses import LOSSES
-from net import CHOICES, compile_backbone, model_name
+from net import CHOICES, compile_modules, model_name
 from recipe import OPTIMIZERS, build_training, prepare_epoch, seeded_noise, settle_loss, train_step
 from retrieval.evaluate import evaluate
 from runs.checkpoint import restore, save
@@ -66,7 +66,7 @@ def build_parser():
     add("--weights", default="imagenet", metavar="NAME",
         help="imagenet, none, or a checkpoint's path")  # fmt: skip
     add("--compile", default=False, const=True, nargs="?", type=compile_mode, metavar="MODE",
-        help="torch.compile the backbone; MODE reduce-overhead: with CUDA graphs")  # fmt: skip
+        help="torch.compile network and loss; MODE reduce-overhead: with CUDA graphs")  # fmt: skip
     add("--deterministic", **SWITCH, help="the same bits in every run on CUDA too, but slower")
 
     add = parser.add_argument_group("loss").add_argument
@@ -197,7 +197,8 @@ def main(argv=None):
     training.images_digest = digest_of_names(images.values())
     training.model.num_features(args.image_size)  # UserError if the network cannot take it
     if args.compile:
-        compile_backbone(training.model, args.compile)
+        ours = args.loss == "Proxy_Anchor" and not args.shard_proxies  # others are many graphs
+        compile_modules(training.model, [training.criterion] if ours else [], args.compile)
     partial_epoch = {}
     if checkpoint:
         restore(training, checkpoint, args.resume)

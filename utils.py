@@ -70,6 +70,9 @@ def explain(error):
             return 1, f"another process of this run has ended ({reason.split('. ')[0]})"
         case RuntimeError() if "does not have a deterministic implementation" in reason:
             return 2, f"error: --deterministic: {reason.split(', but')[0]}; train without the flag"
+        case RuntimeError() if type(error).__module__ == "torch._dynamo.exc":
+            reason = " ".join(str(error).partition("\n\n")[0].split())
+            return 2, f"error: --compile: torch cannot compile this network or loss: {reason}"
         case RuntimeError() if reason.startswith("DataLoader worker"):
             return 2, ("error: a process died, perhaps for lack of memory; use fewer --workers, in "
                        f"a container more --shm-size ({reason})")  # fmt: skip

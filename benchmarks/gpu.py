@@ -26,7 +26,7 @@ from benchmarks.timing import report
 from dataset.images import ImageSet
 from loading.cache import keep_on_device
 from loading.loader import Loading, batches, in_parallel, train_loader
-from net import compile_backbone
+from net import compile_modules
 from recipe import build_training, loss_noise, prepare_epoch, settle_loss, train_step
 from retrieval.metrics import recall_at_k
 from runs.checkpoint import capture, largest_of
@@ -90,7 +90,7 @@ def step_with(flags, layout=torch.channels_last):
     training = build_training(args, 100, DEVICE, None)
     model = training.model.to(memory_format=layout)
     if args.compile:
-        compile_backbone(model, args.compile)
+        compile_modules(model, [training.criterion], args.compile)
     prepare_epoch(model, 1, args.warm, args.bn_freeze)
     torch.manual_seed(0)
     pixels = torch.randint(256, (B, SIZE, SIZE, 3), dtype=torch.uint8).to(DEVICE)

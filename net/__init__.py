@@ -26,7 +26,7 @@ class EmbeddingNet(nn.Module):
         self.model = backbone.network  # by which all names in checkpoints begin
         self.backbone = backbone._replace(network=None)
         self.interpolation = backbone.interpolation
-        self.compiled_pool = None  # `pool` under --compile
+        self.compiled = False  # under --compile
         self.register_buffer("mean", torch.tensor(backbone.mean).float(), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).float(), persistent=False)
         size = getattr(self.model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-1]
@@ -72,12 +72,9 @@ class EmbeddingNet(nn.Module):
             features = self.backbone.pool(self.model, images)
         return features.to(self.model.embedding.weight.dtype)
 
-    def features(self, images):
-        return (self.compiled_pool or self.pool)(images)
-
     def forward(self, images):
         """(head [B, 2d], head_specific [B, 2d]) with disent, head [B, d] without."""
-        head = self.model.embedding(self.features(images))
+        head = self.model.embedding(self.pool(images))
         if not self.disent:
             return l2_normalize(head) if self.l2_norm else head
         specific = self.model.embedding_specific(head)  # reads the un-normalised head
@@ -85,22 +82,16 @@ class EmbeddingNet(nn.Module):
 
     def embed(self, images):
         """The retrieval embedding: mu [B, d], L2-normalised."""
-        mu = self.model.embedding(self.features(images))[:, : self.embedding_size]
+        mu = self.model.embedding(self.pool(images))[:, : self.embedding_size]
         return l2_normalize(mu)
 
 
-def compile_backbone(model, mode=True):
-    """Compile backbone and pooling; weights keep their names. mode: torch.compile's, or True."""
-    pool = torch.compile(model.pool, dynamic=False, mode=None if mode is True else mode)
-
-    def compiled(images):
-        try:
-            return pool(images)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).split("\n\n")[0]
-            raise UserError(f"--compile: torch cannot compile {model.name}: {reason}") from error
-
-    model.compiled_pool = compiled
+def compile_modules(model, others, mode):
+    """--compile, of the network and `others`; weights keep their names."""
+    settings = {"dynamic": False, "mode": None if mode is True else mode}
+    for module in (model, *others):
+        module.compile(**settings)
+    model.embed, model.compiled = torch.compile(model.embed, **settings), True
 
 
 CHOICES = f"{', '.join(BACKBONES)} or {TIMM}NAME"

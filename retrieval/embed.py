@@ -17,9 +17,10 @@ def embed(model, batches):
     with torch.inference_mode():
         for pixels, targets, *_ in batches:
             rows = max(rows, len(pixels))
-            if model.compiled_pool:  # a smaller last batch would be compiled anew
+            if model.compiled:  # a smaller last batch would be compiled anew
                 pixels = F.pad(pixels, 6 * (0,) + (0, rows - len(pixels)))
-            embeddings.append(model.embed(model.prepare(pixels))[: len(targets)])
+            # CUDA graphs overwrite what they have returned
+            embeddings.append(model.embed(model.prepare(pixels))[: len(targets)].clone())
             labels.append(targets)
     embeddings = torch.cat(embeddings)
     require_finite(embeddings)

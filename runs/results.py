@@ -22,7 +22,7 @@ class Epoch:
         self.saved = step  # steps in the last checkpoint
         self.pending, self.clock = [], time.perf_counter()
         self.fetched = self.clock
-        self.asked = lambda: (0, 0)  # of all ranks: see runs.safety.after_step
+        self.asked = None  # in runs.safety.of_all_ranks
 
     def add(self, values):
         """Count a step; values: {term: scalar}, copied because CUDA graphs overwrite them."""

@@ -4,9 +4,10 @@ import shlex
 import time
 
 import torch
+import torch.distributed as dist
 
 from dataset.files import UnreadableImage
-from distributed import all_reduce_max, all_reduce_max_later, barrier, world_size
+from distributed import all_reduce_max, barrier, world_size
 from runs.checkpoint import save
 from utils import Interrupted, UserError, out_of_memory
 
@@ -18,10 +19,7 @@ def after_step(training, run_folder, stop):
     """Signals, failed saves, checkpoints in mid-epoch, and a look at the losses now and then."""
     epoch, every = training.epoch, training.args.checkpoint_every
     late = time.perf_counter() > epoch.fetched + FETCH_SECONDS
-    asked = all_reduce_max_later(stop.signal or 0, late)
-    # several processes act on what they asked a step ago: no step waits for another rank
-    answer, epoch.asked = asked if world_size() == 1 else epoch.asked, asked
-    signal, late = answer()
+    signal, late = of_all_ranks(epoch, stop.signal or 0, late)
     if signal:
         raise Interrupted(signal)
     run_folder.check()
@@ -29,6 +27,20 @@ def after_step(training, run_folder, stop):
         save(training, run_folder)
     elif late:
         epoch.fetch()
+
+
+def of_all_ranks(epoch, *numbers):
+    """The greatest of all ranks' numbers, of several ranks those of the step before: so none waits
+    for another."""
+    if world_size() == 1:
+        return numbers
+    x = torch.tensor(numbers, dtype=torch.long)
+    before, epoch.asked = epoch.asked, (x, dist.all_reduce(x, dist.ReduceOp.MAX, async_op=True))
+    if not before:
+        return 0, 0
+    x, work = before
+    work.wait()
+    return x.tolist()
 
 
 def before_evaluation(training, run_folder):

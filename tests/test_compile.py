@@ -32,14 +32,16 @@ def numbers_of(here, folder):
     return metrics(path), torch.load(checkpoint_of(path))
 
 
-@pytest.mark.parametrize("flags", ["", "--precision bf16", "--bn-freeze 0"])
-def test_a_compiled_run_has_the_losses_and_the_names_of_one_that_is_not(here, fast, flags):
+@pytest.mark.parametrize("flags, loss", [
+    ("", 1), ("--precision bf16", 1), ("--bn-freeze 0 --loss CosFace", 0)
+])  # fmt: skip
+def test_a_compiled_run_has_the_losses_and_the_names_of_one_that_is_not(here, fast, flags, loss):
     make_cub(here / "data")
     command = f"{TINY} {flags} --LOG_DIR "
     train.main(shlex.split(command + "plain"))
     train.main(shlex.split(command + "compiled --compile"))
-    # of training and of evaluations, whose last batch is smaller: in warm-up, and after it
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+    # network, loss, and evaluations, whose last batch is smaller: in warm-up, and after it
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * (2 + loss)
     (plain, expected), (found, state) = (numbers_of(here, name) for name in ("plain", "compiled"))
     for first, second in zip(plain, found, strict=True):
         for key in ("loss", "metric", "agnostic", "specific", "split"):
@@ -77,5 +79,6 @@ def test_what_cannot_be_compiled_ends_in_one_line(here, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=without_a_compiler))
     for flags, mode in (("", "the usual mode"), ("reduce-overhead", "reduce-overhead")):
         line = fails(f"{TINY} --compile {flags} --overwrite", capsys)
-        assert "--compile: torch cannot compile toy: " in line and f"no compiler for {mode}" in line
+        assert "--compile: torch cannot compile this network or loss: " in line
+        assert f"no compiler for {mode}" in line
     assert "argument --compile: " in fails(TINY + "--compile fast", capsys)
