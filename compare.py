@@ -1,4 +1,4 @@
-"""Run folders side by side, seeds gathered: python compare.py logs/"""
+"""Tables of run folders, averaged over seeds: python compare.py logs/"""
 
 import csv
 from pathlib import Path
@@ -7,16 +7,16 @@ from textwrap import fill
 
 from flags import Parser
 from retrieval.picture import png_of
-from runs.gather import VALIDATION, by_seed, choose, difference, epoch_by, folds_of, gather
+from runs.gather import VALIDATION, by_seed, choose, difference, epoch_to_compare, folds_of, gather
 from runs.results import HELD_OUT
 from runs.tables import (
     OF_LOSS,
     full_table,
+    grouped_by_images,
     images_of,
     in_columns,
     labels_of,
     notes_on,
-    same_images,
     short_table,
     with_spread,
 )
@@ -24,7 +24,7 @@ from storage import replacing, require_format, require_writable, write_atomicall
 from utils import UserError, plural, run
 
 WIDTH = 100  # columns of text
-# Flags that may differ where this one does.
+# {flag of --baseline: other flags that may then differ from the baseline too}
 BRINGS = {"disent": ("al", "be", "gam"), "loss": OF_LOSS}
 
 
@@ -37,26 +37,26 @@ def build_parser():
         "images; by default chosen for runs with --val-classes, last for others")  # fmt: skip
     add("--baseline", action="append", metavar="FLAG=VALUE",
         help="compare with the runs that have this value and otherwise the same flags, seed by "
-        "seed; may be repeated; by default disent=False, where both are there")  # fmt: skip
+        "seed; may be repeated; by default disent=False, if there are runs of both")  # fmt: skip
     add("--choose", action="store_true",
         help="also name the setting of each loss and network with the best validation MAP@R")
     add("--all", action="store_true", help="print every column, however wide")
     add("--csv", metavar="PATH", help="also write every column to this file")
     add("--markdown", metavar="PATH", help="also write every column as Markdown")
-    add("--plot", metavar="PATH", help="also draw Recall@K, of the least K, to this .png")
+    add("--plot", metavar="PATH", help="also draw Recall@K of the smallest K, to this .png")
     return parser
 
 
 def parse_baseline(given, settings):
-    """{flag: text} of --baseline, {} for none."""
+    """{flag: text} of --baseline; {} if there is none."""
     if not given:
         both = {setting.flags["disent"] for setting in settings} == {True, False}
         return {"disent": "False"} if both else {}
     pairs = (text.lstrip("-").partition("=") for text in given)
     baseline = {flag.replace("-", "_"): value for flag, _, value in pairs}
     if settings and not any(has(setting, baseline) for setting in settings):
-        raise UserError(f"--baseline {' '.join(given)}: no finished run has it; FLAG=VALUE, as in "
-                        "disent=False")  # fmt: skip
+        raise UserError(f"--baseline {' '.join(given)}: no finished run has it; give FLAG=VALUE, "
+                        "as in disent=False")  # fmt: skip
     return baseline
 
 
@@ -82,10 +82,10 @@ def comparison(setting, settings, baseline, by):
     if not found:
         return "no baseline with otherwise equal flags"
     if len(found) > 1:
-        return f"{len(found)} baselines with otherwise equal flags: name one by another --baseline"
+        return f"{len(found)} baselines with otherwise equal flags: add a --baseline to name one"
     if folds_of(setting) != folds_of(found[0]):
-        return f"has folds {in_order(folds_of(setting))}, the baseline others"
-    which = epoch_by(setting, by)
+        return f"has folds {in_order(folds_of(setting))}, the baseline has others"
+    which = epoch_to_compare(setting, by)
     if not by_seed(setting, which, setting.metric):
         return f"has no {which} epoch"
     told = difference(setting, found[0], which, setting.metric)
@@ -104,15 +104,15 @@ def in_words(told, metric):
 
 
 def report(settings, compared, by):
-    """The short tables, with the verdicts and the notes on each row."""
+    """The short tables, with verdicts and notes."""
     yield "mean ± standard deviation over the seeds; 3x4: 3 seeds, each the mean of its 4 folds\n"
-    for title, group in same_images(settings):
+    for title, group in grouped_by_images(settings):
         yield f"{title}: {images_of(group[0])}"
         yield from in_columns(short_table(group, by), WIDTH)
         for label, setting in zip(labels_of(group), group):
             told = compared.get(id(setting), "baseline")
             if told != "baseline":
-                metric = f"{epoch_by(setting, by)} {setting.metric}"
+                metric = f"{epoch_to_compare(setting, by)} {setting.metric}"
                 yield in_lines(f"{label}: {in_words(told, metric)}")
             if notes := notes_on(setting):
                 yield in_lines(f"note: {label}: {'; '.join(notes)}")
@@ -124,7 +124,7 @@ def in_lines(text):
 
 
 def report_choice(settings):
-    """A line on each group's setting with the best validation MAP@R, and one on unequal search."""
+    """A line about the best setting of each search, and one if searches had unequal trials."""
     groups = choose(settings)
     if not groups:
         raise UserError("--choose: no finished run has --val-classes, by which to choose")
@@ -139,8 +139,8 @@ def report_choice(settings):
             f"{', '.join(metrics)} (seeds {in_order(seeds)})"
         )
     if len(counts := {len(trials) for trials, *_ in groups}) > 1:
-        yield in_lines(f"note: between {min(counts)} and {max(counts)} settings were tried: give "
-                       "what you compare the same number of trials")  # fmt: skip
+        yield in_lines(f"note: between {min(counts)} and {max(counts)} settings were tried; a fair "
+                       "comparison tries equally many of each")  # fmt: skip
 
 
 def in_order(seeds):
@@ -154,10 +154,10 @@ def plot(settings, by):
     figure = Figure(figsize=(11, 1.2 + 0.6 * len(settings)), layout="constrained")
     axes = figure.add_subplot(xlabel="Recall@K (%)")
     ticks = []
-    for title, group in same_images(settings):
+    for title, group in grouped_by_images(settings):
         where = f"{title}, {images_of(group[0])}"
         for label, setting in zip(labels_of(group), group):
-            which = epoch_by(setting, by)
+            which = epoch_to_compare(setting, by)
             values = by_seed(setting, which, setting.metric).values()
             row = len(ticks)
             axes.plot(values, [row] * len(values), "o", color="C0", alpha=0.5)

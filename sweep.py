@@ -1,6 +1,6 @@
 """Many runs of train.py: every combination of flags, random draws, seeds and folds.
 
-It keeps no state: a run's folder says whether it is finished, its lock whether a process is at it.
+It keeps no state: a run's folder says whether it is finished, and its lock whether it is running.
 """
 
 import json
@@ -36,16 +36,16 @@ def build_parser():
         help="flags of train.py and their values; each combination is a run")  # fmt: skip
     add("--sample", type=at_least(1), metavar="N", help="N random draws from --range")
     add("--range", nargs="+", action="extend", metavar="FLAG=LOW:HIGH[:log]",
-        help="what --sample draws from, evenly, or with :log evenly in the logarithm")  # fmt: skip
+        help="ranges to draw from: uniformly, or with :log in the logarithm")  # fmt: skip
     add("--sample-seed", default=0, type=at_least(0),
-        help="of the draws; a larger --sample begins with the same ones")  # fmt: skip
-    add("--seeds", type=seeds, metavar="1-5", help="each with these seeds: 1-5, or 1,3,7")
+        help="seed of the draws; a larger --sample starts with the same draws")  # fmt: skip
+    add("--seeds", type=seeds, metavar="1-5", help="run each with these seeds: 1-5, or 1,3,7")
     add("--folds", type=at_least(2), metavar="N",
-        help="each with --fold 0 to N-1; without --val-classes, that is 1/N")  # fmt: skip
-    add("--jobs", type=at_least(1), help="runs at a time; by default one a GPU, on the CPU one")
+        help="run each with --fold 0 to N-1; --val-classes is then 1/N by default")  # fmt: skip
+    add("--jobs", type=at_least(1), help="runs at a time; by default one a GPU, or one on a CPU")
     add("--shard", default="1/1", type=shard, metavar="I/N",
-        help="every N-th run, from the I-th: for job arrays")  # fmt: skip
-    add("--dry-run", action="store_true", help="print the commands of what is not finished")
+        help="take every N-th run, starting with the I-th: for job arrays")  # fmt: skip
+    add("--dry-run", action="store_true", help="print the commands of unfinished runs, run none")
     return parser
 
 
@@ -100,7 +100,7 @@ def require_one_source(sources):
 
 
 def draw(name, text, parser, *key):
-    """A value of the range LOW:HIGH[:log], to 3 digits, as text. A function of name and key."""
+    """A value of the range LOW:HIGH[:log], to 3 digits, as text. Depends on name and key only."""
     where, parts = f"--range {name}={text}", re.fullmatch("([^:]+):([^:]+)(:log)?", text)
     try:
         low, high = float(parts[1]), float(parts[2])
@@ -112,17 +112,17 @@ def draw(name, text, parser, *key):
         raise UserError(f"{where}: with :log both ends have to be above 0")
     u = np.random.default_rng([*key, *name.encode()]).random()
     value = low * (high / low) ** u if parts[3] else low + (high - low) * u
-    for end in (parts[1], parts[2]):  # ends in train.py's own error
+    for end in (parts[1], parts[2]):  # train.py's own error names an end that it refuses
         parser.parse_args([f"{flag_of(name)}={end}"])
     try:
         parser.parse_args([f"{flag_of(name)}={value:.3g}"])
         return f"{value:.3g}"
-    except UserError:  # a flag that takes whole numbers
+    except UserError:  # the flag takes whole numbers
         return str(round(value))
 
 
 def values_of_runs(args, parser, rest):
-    """[{flag: text}]: grid x draws x seeds x folds; `rest`: what is given after --."""
+    """[{flag: text}]: grid x draws x seeds x folds; rest: the flags after --."""
     _, given = train.parse_flags(parser, rest)
     grid, ranges = texts_of(args.grid, "--grid", parser), texts_of(args.range, "--range", parser)
     if bool(ranges) != bool(args.sample):
@@ -149,7 +149,7 @@ def values_of_runs(args, parser, rest):
 
 
 def check_given(given, folds):
-    """UserError where flags after -- are not for a sweep."""
+    """UserError if a flag after -- cannot be used in a sweep."""
     for name in given.keys() & {"resume", "overwrite"}:
         raise UserError(f"{flag_of(name)}: a sweep continues what is not finished; leave it out")
     if given.get("gpu_id", 0) > 0:
@@ -160,7 +160,7 @@ def check_given(given, folds):
 
 
 def runs_of(values_of_runs, parser, rest):
-    """[Run], one for each folder. A flag that has no effect, as --gam without DDML, is left out."""
+    """[Run], one a folder. Flags without effect, such as --gam without DDML, are left out."""
     found = {}
     for values in values_of_runs:
         flags = {name: f"{flag_of(name)}={text}" for name, text in values.items()}
@@ -175,8 +175,8 @@ def runs_of(values_of_runs, parser, rest):
     return [one for one, _ in found.values()]
 
 
-def refuse_others(runs):
-    """UserError if a run's folder holds one of other flags or, finished, of other images."""
+def refuse_other_runs(runs):
+    """UserError if a run's folder holds a run of other flags or, if finished, of other images."""
     parser, known = train.build_parser(), {}
     for each in runs:
         args, path = each.args, RunFolder(each.folder, "").summary
@@ -204,9 +204,9 @@ def images_here(name, root, train_on, background):
 
 
 def complete(runs, places, head):
-    """Run what is missing. `places`: an environment for each concurrent run. Returns a line for
-    each that failed."""
-    refuse_others(runs)
+    """Run what is missing. places: an environment for each concurrent run. Returns a line for each
+    failed run."""
+    refuse_other_runs(runs)
     missing = [each for each in runs if state_of(each) != "done"]
     if not missing:
         return []

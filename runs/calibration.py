@@ -1,4 +1,4 @@
-"""evaluate.py --calibrate of a checkpoint: on which images, and what is kept of it."""
+"""evaluate.py --calibrate of a checkpoint: on which images it works, and what it writes."""
 
 from argparse import Namespace
 from functools import partial
@@ -20,8 +20,8 @@ FMR = 0.01
 
 
 def images_to_calibrate_on(args, checkpoint, test):
-    """{"calibration": ImageSet} of the classes that a run held out; of any other run {"test": the
-    `test` images}; {} without --calibrate."""
+    """{"calibration": the ImageSet of a run's held-out classes}; {"test": test} for other runs; {}
+    without --calibrate."""
     if not args.calibrate:
         return {}
     theirs, found = checkpoint.get("args", {}), {"test": test}
@@ -37,11 +37,10 @@ def images_to_calibrate_on(args, checkpoint, test):
 
 
 def calibrate_checkpoint(args, checkpoint, model, images, loading, tested, counts):
-    """(calibration, lines, draw) of a network; the calibration is kept in calibration.json beside
-    the checkpoint.
+    """(calibration, lines, draw) of a network; writes calibration.json beside the checkpoint.
 
-    images: of `images_to_calibrate_on`; tested: embeddings of the test images; counts: of both, as
-    dataset.images.counts_of has them.
+    images: from images_to_calibrate_on; tested: embeddings of the test images; counts: of both,
+    from dataset.images.counts_of.
     """
     ((split, unseen),) = images.items()
     on_test = split == "test"
@@ -60,6 +59,6 @@ def calibrate_checkpoint(args, checkpoint, model, images, loading, tested, count
     print(f"{file}: the threshold, for programs")
     lines = describe_calibration(found)
     if on_test:
-        lines.append("calibration and test are the same images, so the threshold is optimistic; "
-                     "of a run with --val-classes it is computed on the held-out classes")
+        lines.append("calibration and test use the same images, so the threshold is optimistic; "
+                     "for a run with --val-classes it is computed on the held-out classes")
     return found, lines, partial(draw_calibration, found, drawn)

@@ -1,4 +1,4 @@
-"""evaluate.py --diagnose of a checkpoint: what it was trained on, and its proxies."""
+"""evaluate.py --diagnose of a checkpoint: its training images and its proxies."""
 
 from argparse import Namespace
 from functools import partial
@@ -15,7 +15,7 @@ from utils import UserError, say
 
 
 def diagnose_checkpoint(args, checkpoint, model, images, loading):
-    """(diagnosis, lines, draw) of a network; images: those of the test."""
+    """(diagnosis, lines, draw) of a network; images: the test images."""
     factors = read_factors(args.factors) if args.factors else None
     both = {"train": trained_images(args, checkpoint), "test": images}
     proxies = stored_proxies(args.checkpoint, checkpoint, len(both["train"].classes))
@@ -24,7 +24,7 @@ def diagnose_checkpoint(args, checkpoint, model, images, loading):
 
 
 def trained_images(args, checkpoint):
-    """The ImageSet of the classes that a network was trained on, in the data set of `args`."""
+    """The ImageSet that a network was trained on, from the data set of `args`."""
     theirs = checkpoint.get("args", {})
     trained, title = theirs.get("dataset", args.dataset), dataset.title(args.dataset)
     if theirs.get("train_on") == "all" or dataset.title(trained) != title:
@@ -35,7 +35,7 @@ def trained_images(args, checkpoint):
 
 
 def stored_proxies(path, checkpoint, num_classes):
-    """Proxies [C, d] of the training classes; None, and says so, where there are none."""
+    """The proxies [C, d] of the training classes; None, with a printed line, if there are none."""
     where = f"{path}: entropy and slope are left out:"
     if "criterion_state_dict" not in checkpoint:
         say(f"{where} they need the proxies, which *_last.pth has")

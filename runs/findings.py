@@ -1,4 +1,4 @@
-"""What --diagnose and --calibrate of evaluate.py share: when they work, and where findings go."""
+"""What --diagnose and --calibrate of evaluate.py share: checks, and where findings are written."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ def check_findings(args, sources):
             if getattr(args, detail) is not None:
                 raise UserError(f"--{detail}: needs --{flag}")
         elif len(sources) > 1:
-            raise UserError(f"--{flag}: is of one network; name one checkpoint")
+            raise UserError(f"--{flag}: takes one network; name one checkpoint")
         elif world_size() > 1:
-            raise UserError(f"--{flag}: needs one process; leave torchrun out")
+            raise UserError(f"--{flag}: runs in one process; start it without torchrun")
 
 
 def show_finding(what, path, epoch, lines, draw, page=None):
-    """Print what was found of a checkpoint, and write its picture, draw(title=): beside the
+    """Print the lines found for a checkpoint. Write its picture, draw(title=), beside the
     checkpoint, on the page of its run, and on `page`."""
     path = Path(path)
     title = f"{what.capitalize()} of {path.name}" + ("" if epoch is None else f", epoch {epoch}")
@@ -28,7 +28,7 @@ def show_finding(what, path, epoch, lines, draw, page=None):
     print("\n".join(lines))
     drawn = path.with_name(f"{path.stem}_{what}.png")
     write_atomically(drawn, picture)
-    print(f"{drawn}: the same, drawn")
+    print(f"{drawn}: the same as a picture")
     pages = [path.with_name("page.html"), *([page] if page else [])]
     for file in filter(Path.exists, {Path(each).resolve() for each in pages}):
         write_atomically(file, add_to_page(file.read_bytes(), title, lines, picture))

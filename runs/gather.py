@@ -16,22 +16,22 @@ from utils import UserError, plural
 # Flags that may differ within a row; all others change the numbers.
 NOT_COMPARED = FREE_ON_RESUME - {"epochs"} | {"seed", "fold", "remark"}
 VALIDATION = "chosen", f"{HELD_OUT}MAP@R"  # the epoch and the metric that choose a setting
-FILES = ("args.json", "metrics.jsonl", "*_last.pth")  # any of which a run leaves
+FILES = ("args.json", "metrics.jsonl", "*_last.pth")  # a run's folder has at least one of these
 
 
 class Setting(NamedTuple):
-    """Runs of the same images and flags, which differ in seed and fold alone."""
+    """Runs with the same flags and images; only seed and fold differ."""
 
     flags: dict
     images: dict  # {split: {"images", "classes", "digest"}}, as in results.json
     metric: str  # Recall@K of the least K
     rows: dict  # {seed: {fold: {"start", "chosen" or "best", "last": {metric: per cent}}}}
-    processes: list  # what args.json says of each run's processes: commit, device, ...
-    seen: set  # lines on images that were trained on
+    processes: list  # each run's processes from args.json: commit, device, ...
+    seen: set  # lines about test images that were trained on
 
 
 def gather(folders):
-    """([Setting], in a table's order, [line about each run that is left out])."""
+    """([Setting], sorted as in a table; [a line about each run that is left out])."""
     settings, left_out = {}, []
     for path in run_folders(folders):
         try:
@@ -50,7 +50,7 @@ def gather(folders):
             seed, fold = (described["flags"].get(name) for name in ("seed", "fold"))
             folds = setting.rows.setdefault(seed, {})
             if fold in folds:
-                left_out.append(f"{path}: of the setting and seed of a run before it")
+                left_out.append(f"{path}: has the setting and seed of another run")
                 continue
             folds[fold] = rows
             setting.processes.extend([described, *described["resumed"]])
@@ -70,7 +70,7 @@ def run_folders(folders):
 
 
 def why_unfinished(path, flags):
-    """A reason why the run has no numbers to compare, None if it has."""
+    """Why the run has no numbers to compare; None if it has."""
     if (path / "results.json").exists():
         return None
     epochs = len((path / "metrics.jsonl").read_text().splitlines())
@@ -80,9 +80,9 @@ def why_unfinished(path, flags):
 
 
 def identity(flags, images):
-    """(flags, images, key) of a run's setting: what is computed with, and of which images."""
+    """(flags, images, key) of a run's setting: the flags that change its numbers, the images."""
     own = dataset.own_flag(flags["dataset"])
-    # None: not given, or of a run from before there was the flag
+    # None: not given, or the run is older than the flag
     compared = {name: value for name, value in flags.items()
                 if value is not None and name not in NOT_COMPARED - {own}}  # fmt: skip
     if not flags["disent"]:  # DDML's weights have no effect
@@ -95,27 +95,27 @@ def identity(flags, images):
 
 
 def drop_partial_seeds(setting):
-    """Remove seeds that lack a fold which others have; a line about each."""
+    """Remove seeds that lack a fold of other seeds. Yields a line about each."""
     folds = {fold for of_seed in setting.rows.values() for fold in of_seed}
     for seed in [seed for seed, of_seed in setting.rows.items() if of_seed.keys() < folds]:
         lacking = ", ".join(map(str, sorted(folds - setting.rows.pop(seed).keys())))
         loss = f"{setting.flags['loss']}{' with DDML' * setting.flags['disent']}"
-        yield f"{setting.flags['dataset']}, {loss}: seed {seed} lacks fold {lacking} of other seeds"
+        yield f"{setting.flags['dataset']}, {loss}: seed {seed} lacks fold {lacking} of others"
 
 
 def folds_of(setting):
-    """[None] without --val-classes."""
+    """The folds of each seed; [None] without --val-classes."""
     return sorted(next(iter(setting.rows.values())))
 
 
-def epoch_by(setting, by=None):
-    """`by`, or else "chosen" where held-out classes have chosen an epoch, else "last"."""
+def epoch_to_compare(setting, by=None):
+    """`by`; by default "chosen" if held-out classes have chosen an epoch, else "last"."""
     return by or ("chosen" if setting.flags.get("val_classes") else "last")
 
 
 def by_seed(setting, which, metric, seeds=None):
-    """{seed: per cent} of all or of some `seeds`, the mean over folds; {} unless each of their runs
-    has the metric."""
+    """{seed: per cent}, the mean over folds, of all seeds or of `seeds`; {} unless each of their
+    runs has the metric."""
     runs = {seed: [rows.get(which, {}).get(metric) for rows in setting.rows[seed].values()]
             for seed in seeds or setting.rows}  # fmt: skip
     if any(value is None for values in runs.values() for value in values):
@@ -124,14 +124,14 @@ def by_seed(setting, which, metric, seeds=None):
 
 
 def metrics_of(setting, which):
-    """The names of the metrics that every run has of this epoch."""
+    """The names of the metrics that every run has for this epoch."""
     names = {name: None for folds in setting.rows.values() for rows in folds.values()
              for name in rows.get(which, {})}  # fmt: skip
     return [name for name in names if by_seed(setting, which, name)]
 
 
 class Difference(NamedTuple):
-    """Mean of paired differences, half of its 95 % t-interval, how many, and what they say."""
+    """Mean of paired differences, half its 95 % t-interval, number of seeds, and verdict."""
 
     mean: float
     half_width: float
@@ -148,7 +148,7 @@ def difference(setting, other, which, metric):
 
 
 def paired(ours, theirs):
-    """ours - theirs of the seeds that both {seed: value} have; None if these are fewer than two."""
+    """The Difference ours - theirs over the seeds that both {seed: value} have; None below two."""
     values = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
     n = len(values)
     if n < 2:
@@ -160,9 +160,9 @@ def paired(ours, theirs):
 
 
 def choose(settings):
-    """[(settings of a group, their common seeds, the best, its reported seeds)]. Best by mean
-    validation MAP@R over the seeds common to all settings; reported on its other seeds, if it has
-    any."""
+    """[(settings of a search, their common seeds, the best setting, its seeds to report)]. The best
+    has the highest mean validation MAP@R over the common seeds. It is reported on its other seeds,
+    if it has any."""
     groups, found = {}, []
     for setting in settings:
         if by_seed(setting, *VALIDATION):
@@ -171,7 +171,7 @@ def choose(settings):
         common = set.intersection(*(set(trial.rows) for trial in trials))
         if not common:
             raise UserError(f"--choose: {trials[0].flags['loss']} has {len(trials)} settings "
-                            "without a seed in common; train all with one, to choose by that")
+                            "without a seed in common; train all of them with the same seed")
         means = [mean(by_seed(trial, *VALIDATION, common).values()) for trial in trials]
         best = trials[means.index(max(means))]
         found.append((trials, common, best, best.rows.keys() - common or common))
@@ -179,6 +179,6 @@ def choose(settings):
 
 
 def group_of(setting):
-    """Settings that agree in these are trials of one search."""
+    """The same text for settings that are trials of one search."""
     names = ("dataset", "val_classes", "model", "image_size", "embedding_size", "loss", "disent")
     return str([setting.images, folds_of(setting), *map(setting.flags.get, names)])

@@ -1,4 +1,4 @@
-"""Runs of train.py as processes of their own, several at a time."""
+"""Runs of train.py as subprocesses, several at a time."""
 
 import sys
 import time
@@ -28,7 +28,7 @@ class Run(NamedTuple):
 
 
 def state_of(run):
-    """done, in use, begun or new, as the run's folder says."""
+    """`done`, `in use`, `begun` or `new`, as the run's folder says."""
     files = RunFolder(run.folder, "")
     epochs = stored(run.folder).get("flags", {}).get("epochs", 0)
     if epochs >= run.args.epochs and files.summary.exists() and files.curves.exists():
@@ -47,7 +47,7 @@ def command_of(run, state):
 
 
 def environments(jobs):
-    """The environment of each of `jobs` runs at a time: a GPU, or a share of the CPU's threads."""
+    """An environment for each of `jobs` runs at a time: a GPU, or a share of the CPU's threads."""
     count = torch.cuda.device_count()
     if not count:
         threads = max(1, torch.get_num_threads() // (jobs or 1))
@@ -58,20 +58,20 @@ def environments(jobs):
 
 
 def work(runs, free, stop):
-    """Run what is missing, each in one of the `free` environments. A signal goes on to what runs,
-    and nothing more is started. Yields (run, how it ended, whether it failed) as runs end, and
-    None meanwhile."""
+    """Run what is missing, each in one of the `free` environments. A signal is passed on to the
+    running ones, and no others start. Yields (run, how it ended, whether it failed) as runs end,
+    and None meanwhile."""
     pending, working, told, passed_on = list(runs), {}, False, False
     while working or pending and not stop.signal:
         if stop.signal and not passed_on:
             passed_on = True
-            for process in working:  # a terminal sends it too: train.py takes both as one
+            for process in working:  # a terminal signals them too; train.py counts both as one
                 process.send_signal(stop.signal)
         for run in list(pending):
             if stop.signal or not free:
                 break
             state = state_of(run)
-            if state == "in use":  # by another process: looked at again and again
+            if state == "in use":  # by another process; asked again in the next round
                 continue
             pending.remove(run)
             if state == "done":
@@ -82,7 +82,7 @@ def work(runs, free, stop):
                 process = Popen(command_of(run, state), stdout=log, stderr=log, env=job[2])
             working[process] = job
         if pending and not (working or stop.signal or told):
-            say(f"waiting for {plural(len(pending), 'run')} that other processes are at, such as "
+            say(f"waiting for {plural(len(pending), 'run')} of other processes, such as "
                 f"{pending[0].folder}")  # fmt: skip
             told = True
         yield None
@@ -102,14 +102,13 @@ def work(runs, free, stop):
 
 
 def last_line(path, start):
-    """The last line of a file that is not empty, after its first `start` bytes."""
+    """The file's last line with text in it, after the first `start` bytes."""
     lines = path.read_bytes()[start:].decode(errors="replace").splitlines()
     return next(filter(str.strip, reversed(lines)), "it printed nothing")
 
 
 def show(ends, total):
-    """Say how each run of `work` ended, with a bar on a terminal. Returns the lines of the failed.
-    """
+    """Print how each run of `work` ended, with a bar on a terminal. Returns a line a failed run."""
     failed, since, count = [], time.monotonic(), 0
     with tqdm(total=total, desc="runs", leave=False, dynamic_ncols=True, disable=None) as bar:
         for end in ends:

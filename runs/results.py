@@ -1,4 +1,4 @@
-"""The numbers of a run: summed over an epoch, kept as its result, summarised at the end."""
+"""The numbers of a run: summed over an epoch, written as its result, summarised at the end."""
 
 import math
 import time
@@ -7,13 +7,13 @@ import torch
 
 from utils import UserError
 
-HELD_OUT = "val/"  # begins the names of metrics of held-out classes (--val-classes)
+HELD_OUT = "val/"  # prefix of the metrics of held-out classes (--val-classes)
 TERMS = ("metric", "agnostic", "specific", "split")
 AT_THE_HEADS = ("std", "std_specific", *(f"share_{term}" for term in TERMS))  # of the last step
 
 
 class Epoch:
-    """How far an epoch has come. Losses stay on the device until `fetch` reads them."""
+    """The progress of an epoch. Losses stay on the device until `fetch` reads them."""
 
     def __init__(self, number, files, step=0, totals=None, seconds=None):
         """`files(number, step)`: the files of a batch; `seconds`: {"data": ..., "step": ...}."""
@@ -37,8 +37,8 @@ class Epoch:
         self.clock = now
 
     def fetch(self):
-        """Add the pending losses to the totals. Every save fetches first, so that nothing is saved
-        of a step that is not finite."""
+        """Add the pending losses to the totals. Every save fetches first, so a step that is not
+        finite is never saved."""
         rows, self.pending, self.fetched = self.pending, [], time.perf_counter()
         numbers = iter(torch.cat([row for _, row in rows]).double().tolist() if rows else [])
         for step, (names, _) in enumerate(rows, self.step - len(rows)):
@@ -50,8 +50,8 @@ class Epoch:
     def require_finite(self, step, name, value):
         if not math.isfinite(value):
             raise UserError(
-                f"epoch {self.number}, step {step}: the {name} is not finite; nothing of it was "
-                "saved, what was saved before is good. A smaller --lr may help. Files of the "
+                f"epoch {self.number}, step {step}: the {name} is not finite; this step was not "
+                "saved, and earlier saves are good. A smaller --lr may help. Files of the "
                 f"batch: {', '.join(self.files(self.number, step))}"
             )
 
@@ -66,7 +66,7 @@ class Epoch:
 
 
 def result_of(training, steps, retrieved):
-    """The epoch's line of metrics.jsonl; retrieved: by retrieval.evaluate, None without a test."""
+    """The epoch's line of metrics.jsonl; retrieved: from retrieval.evaluate, or None."""
     epoch, seconds = training.epoch, training.epoch.seconds
     images = epoch.step * training.args.batch_size
     terms = {name: epoch.totals[name] / steps if name in epoch.totals else None
@@ -84,13 +84,13 @@ def result_of(training, steps, retrieved):
 
 
 def with_prefix(scores, args):
-    """{metric: per cent}, of held-out classes under names that say so."""
+    """{metric: per cent}; the names of metrics of held-out classes get their prefix."""
     return {f"{HELD_OUT if args.val_classes else ''}{name}": scores[name] for name in scores}
 
 
 def main_metric(result):
-    """What the best epoch is chosen by: MAP@R of held-out classes, else Recall@K of the smallest K;
-    None without a test."""
+    """The metric that chooses the best epoch: MAP@R of held-out classes, else Recall@K of the
+    smallest K; None if nothing was evaluated."""
     scores = scores_of(result)
     return f"{HELD_OUT}MAP@R" if f"{HELD_OUT}MAP@R" in scores else next(iter(scores), None)
 
@@ -101,7 +101,7 @@ def best_of(history, metric):
 
 
 def is_finished(history, args):
-    """Whether nothing is left to train: all epochs are, or --patience has run out."""
+    """Whether training has ended: all epochs are done, or --patience has run out."""
     if not history or len(history) >= args.epochs or not args.patience:
         return len(history) >= args.epochs
     best = best_of(history, main_metric(history[-1]))
@@ -115,8 +115,8 @@ def scores_of(result):
 
 
 def results_of(history, start=None, tested=None, **facts):
-    """results.json. start: {metric: per cent} before the first epoch; tested: {"chosen", "last":
-    {metric: per cent}}, of the test images at the end of a run with --val-classes."""
+    """The content of results.json. start: {metric: per cent} before training; tested: {"chosen",
+    "last": {metric: per cent}} of the test images, at the end of a run with --val-classes."""
     last, metric = history[-1], main_metric(history[-1])
     rows = {"chosen": best_of(history, metric), "last": last}
     where = "held-out classes" if metric and metric.startswith(HELD_OUT) else "the test images"
@@ -131,8 +131,8 @@ def results_of(history, start=None, tested=None, **facts):
 
 
 def rows_of(results):
-    """[(title, epoch or None, {metric: per cent})]: before training, the chosen epoch, the last.
-    What the test images have chosen is titled "best"."""
+    """[(title, epoch or None, {metric: per cent})]: before training, of the chosen epoch, and of
+    the last. The title is "best" if the test images have chosen the epoch."""
     held_out = HELD_OUT in "".join(results["last"]["metrics"])
     titles = {"start": "start", "chosen": "chosen" if held_out else "best", "last": "last"}
     return [(title, results[name]["epoch"], results[name]["metrics"])
@@ -140,7 +140,7 @@ def rows_of(results):
 
 
 def remarks_on(results):
-    """What is to be known of these numbers, a line each."""
+    """Lines that a reader of these numbers should know."""
     if not results["chosen_by"]:
         return ["Trained on all classes: none is left to test."]
     lines = ["The best epoch is chosen on the test images, the last one is not."]
@@ -150,14 +150,14 @@ def remarks_on(results):
     start, last = (results[name] and results[name]["metrics"] for name in ("start", "last"))
     metric = main_metric(last)
     if start and last[metric] < start[metric]:
-        lines.append(f"The last epoch is below the network that training started from: {metric} "
+        lines.append(f"The last epoch is worse than the network before training: {metric} "
                      f"{last[metric]:.2f} after, {start[metric]:.2f} before.")  # fmt: skip
     return lines + remarks_on_images(results.get("images", {}))
 
 
 def remarks_on_images(images):
-    """A line about each split of which something was trained on; images: {split: counts}, as
-    runs.start.facts_of has them."""
+    """A line about each split with images or classes that were trained on; images: {split:
+    counts}, from runs.start.facts_of."""
     lines = []
     for split, counts in images.items():
         seen = [f"{number:,} of {counts[what]:,} {what}"
@@ -167,7 +167,7 @@ def remarks_on_images(images):
 
 
 def summary(results):
-    """The published script's result file, with the start and the last epoch beside the best."""
+    """The published script's result file, with the start and the last epoch added."""
     if not results["chosen_by"]:
         return f"Last Epoch: {results['last']['epoch']}\n{remarks_on(results)[0]}\n"
     lines = []
@@ -176,5 +176,5 @@ def summary(results):
             lines.append(f"{title.capitalize()} Epoch: {epoch}")
         for key, value in metrics.items():
             lines.append(f"{title.capitalize()} {key.replace('R@', 'Recall@')}: {value:.4f}")
-    # differs: the script writes the best epoch alone, and not how it was chosen
+    # differs: the script writes only the best epoch, and not how it was chosen
     return "\n".join(lines + remarks_on(results)) + "\n"

@@ -1,4 +1,4 @@
-"""From the checkpoints that evaluate.py is given to their flags and networks."""
+"""The flags and networks of the checkpoints that evaluate.py is given."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ NOT_OF_THE_RUN = {"checkpoint", "resume", "gpu_id", "workers", "remark", "versio
 
 
 def resolve_flags(parser, argv, outputs):
-    """[(flags, checkpoint)] of the checkpoints that are named. UserError unless all were trained on
-    one data set. outputs: flags that a checkpoint cannot set."""
+    """[(flags, checkpoint)] of the named checkpoints; UserError unless all were trained on one data
+    set. outputs: flags that a checkpoint cannot set."""
     args, given = given_flags(parser, argv)
     if bool(args.checkpoint) == bool(args.resume):
         parser.error("name one checkpoint or run folder, or several without --resume")
@@ -42,9 +42,9 @@ def read_source(parser, given, path, outputs):
     _, theirs = state_and_flags(checkpoint, path)
     chosen = {"dataset", "data_root", "save_model"} & given.keys()
     if theirs.get("train_on") == "all" and not chosen:
-        raise UserError(f"{path}: trained on all classes of {theirs['dataset']}, so that none are "
-                        "left to test it on; name another data set with --dataset, or, for its "
-                        "exports, its own with --data-root; --save-model needs no images")
+        raise UserError(f"{path}: trained on all classes of {theirs['dataset']}, so none are left "
+                        "to test it on; name another data set with --dataset, or, to export "
+                        "embeddings, its own with --data-root; --save-model needs no images")
     unused = NOT_OF_THE_RUN | {*outputs}
     if given.get("dataset", theirs.get("dataset")) != theirs.get("dataset"):
         unused |= {"ks", "data_root", "skip_unreadable"}
@@ -59,7 +59,7 @@ def read_source(parser, given, path, outputs):
 
 
 def data_of(flags):
-    """The data set's name; for one's own images with their path."""
+    """The data set's name; users' own images also have their path."""
     own = dataset.own_flag(flags["dataset"])
     place = f" ({Path(flags[own]).resolve()})" if own in flags else ""
     return f"{dataset.title(flags['dataset'])}{place}"
@@ -71,5 +71,5 @@ def network_of(flags, checkpoint):
         checkpoint, flags.checkpoint, model=flags.model, embedding_size=flags.embedding_size,
         l2_norm=flags.l2_norm, precision=flags.precision,
     )  # fmt: skip
-    model.num_features(flags.image_size)  # ends here where the network cannot take it
+    model.num_features(flags.image_size)  # UserError if the network cannot take this size
     return model

@@ -7,12 +7,12 @@ from textwrap import wrap
 import dataset
 from flags import flag_of
 from recipe import own_values
-from runs.gather import by_seed, epoch_by, folds_of, metrics_of
+from runs.gather import by_seed, epoch_to_compare, folds_of, metrics_of
 from runs.results import HELD_OUT
 from utils import plural
 
-OF_LOSS = ("mrg", "alpha", "proxy_lr_factor")  # flags that have a value of the loss's own
-IN_METHOD = {"dataset", "loss", "disent", "al", "be", "gam", *OF_LOSS}  # what `method_of` says
+OF_LOSS = ("mrg", "alpha", "proxy_lr_factor")  # flags whose default depends on the loss
+IN_METHOD = {"dataset", "loss", "disent", "al", "be", "gam", *OF_LOSS}  # what `method_of` shows
 PAPERS = {"model": "bn_inception", "embedding_size": 512, "batch_size": 180, "image_size": 224}
 ORDER = {"start": 1, "chosen": 2, "best": 3, "last": 4, "difference": 5}  # of columns
 PAPERS_METHOD = {"loss": "Proxy_Anchor", "disent": True}
@@ -28,22 +28,22 @@ def method_of(flags):
 
 
 def differing(settings):
-    """The flags that have several values among the settings."""
+    """The flags that differ among the settings."""
     names = {name for setting in settings for name in setting.flags}
     return [name for name in sorted(names)
             if len({str(setting.flags.get(name)) for setting in settings}) > 1]  # fmt: skip
 
 
 def labels_of(settings):
-    """What tells each from the others: the method, and the flags that differ."""
+    """A label for each setting: its method, and the other flags that differ."""
     names = [name for name in differing(settings) if name not in IN_METHOD]
     return [", ".join([method_of(setting.flags),
                        *(f"{flag_of(name)} {setting.flags.get(name)}" for name in names)])
             for setting in settings]  # fmt: skip
 
 
-def same_images(settings):
-    """[(data set, settings)]: one group per data set, images and held-out share."""
+def grouped_by_images(settings):
+    """[(data set, settings)]: a group has one data set, the same images and held-out share."""
 
     def key(setting):
         flags = setting.flags
@@ -53,19 +53,19 @@ def same_images(settings):
 
 
 def with_spread(values, digits=2):
-    """`mean ± standard deviation` of {seed: per cent}, "" of none."""
+    """`mean ± standard deviation` of {seed: per cent}; "" if there are none."""
     spread = f" ± {stdev(values.values()):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values.values()):.{digits}f}{spread}" if values else ""
 
 
 def seeds_of(setting):
-    """`3`, or with --val-classes `3x4`, four folds a seed."""
+    """The number of seeds, `3`, or with --val-classes of seeds and folds, `3x4`."""
     folds = f"x{len(folds_of(setting))}" if setting.flags.get("val_classes") else ""
     return f"{len(setting.rows)}{folds}"
 
 
 def is_like_the_papers(setting):
-    """Whether the paper's numbers may stand beside: its network, sizes and images."""
+    """Whether the setting has the paper's network, sizes and images."""
     module, flags = dataset.module_of(setting.flags["dataset"]), setting.flags
     published = getattr(module, "PUBLISHED", {})
     counts = {split: (each["images"], each["classes"]) for split, each in setting.images.items()}
@@ -74,17 +74,17 @@ def is_like_the_papers(setting):
 
 
 def papers(group):
-    """{metric: per cent} if the paper's numbers may stand beside one of the settings."""
+    """The paper's {metric: per cent} if one of the settings is like the paper's, else {}."""
     alike = any(map(is_like_the_papers, group))
     return dataset.module_of(group[0].flags["dataset"]).PAPER if alike else {}
 
 
 def full_table(settings, compared, by):
-    """Every column, [[text]] with a header; the paper's row ends a data set's. compared: {id of a
-    setting: Difference or reason}."""
+    """[[text]] of every column, with a header; a data set ends with the paper's row. compared: {id
+    of a setting: Difference or reason}."""
     names = [name for name in differing(settings) if name not in ("dataset", "loss", "epochs")]
     rows = []
-    for title, group in same_images(settings):
+    for title, group in grouped_by_images(settings):
         paper = papers(group)
         for setting in group:
             flags, metric = setting.flags, setting.metric
@@ -100,7 +100,7 @@ def full_table(settings, compared, by):
                 best = mean(by_seed(setting, "best", metric).values())
                 row[f"difference of best {metric} to the paper's"] = f"{best - paper[metric]:+.2f}"
             if told := compared.get(id(setting)):
-                which = epoch_by(setting, by)
+                which = epoch_to_compare(setting, by)
                 row[f"difference of {which} {metric} to the baseline's"] = str(told)
             rows.append(row)
         if paper:
@@ -110,17 +110,17 @@ def full_table(settings, compared, by):
 
 
 def as_lists(rows, order=lambda column: 0):
-    """[{column: text}] -> [[text]], with a header; columns without any text are left out."""
+    """[{column: text}] -> [[text]] with a header, without empty columns."""
     columns = dict.fromkeys(name for row in rows for name, text in row.items() if text)
     columns = sorted(columns, key=order)
     return [columns, *[[row.get(column, "") for column in columns] for row in rows]]
 
 
 def short_table(group, by):
-    """The columns one looks at first, [[text]] with a header."""
+    """[[text]] of the main columns, with a header."""
     rows = []
     for label, setting in zip(labels_of(group), group):
-        which = epoch_by(setting, by)
+        which = epoch_to_compare(setting, by)
         row = {"setting": label, "seeds": seeds_of(setting), "epoch": which}
         for name in (setting.metric, "MAP@R", f"{HELD_OUT}MAP@R"):
             start = by_seed(setting, "start", name) if name != "MAP@R" else {}
@@ -135,7 +135,7 @@ def short_table(group, by):
 
 
 def in_columns(table, width=None):
-    """The table as lines; the first column is wrapped for the whole to fit into `width`."""
+    """The table as aligned lines; the first column is wrapped so that they fit into `width`."""
     widths = [max(map(len, column)) for column in zip(*table)]
     if width:
         widths[0] = min(widths[0], max(20, width - sum(widths[1:]) - 2 * len(widths[1:])))
@@ -153,7 +153,7 @@ def counts_of(setting, split):
 
 
 def images_of(setting):
-    """Counts of the images that trained and that tested."""
+    """The numbers of training and test images, in words."""
     share = setting.flags.get("val_classes")
     held_out = f", {share:g} of them held out" if share else ""
     train, test = (counts_of(setting, split) for split in ("train", "test"))
@@ -165,8 +165,8 @@ def commit_of(process):
 
 
 def notes_on(setting):
-    """[`mixes 2 devices (A, B)`]: other code or machines in one row, and unseen images that were
-    trained on."""
+    """Lines such as `mixes 2 devices (A, B)` about a row's code and machines, and lines about its
+    test images that were trained on."""
     facts = {"commits": [], "devices": [], "numbers of processes": [], "versions of torch": []}
     for each in setting.processes:
         values = commit_of(each), each["device"], each["processes"], each["versions"]["torch"]

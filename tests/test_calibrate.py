@@ -202,7 +202,7 @@ def test_a_run_with_held_out_classes_is_calibrated_on_them(held_out, capsys):
 
 
 def test_a_line_says_when_calibration_and_test_use_the_same_images(held_out, capsys):
-    line = "calibration and test are the same images, so the threshold is optimistic"
+    line = "calibration and test use the same images, so the threshold is optimistic"
     shutil.copytree("data/CUB_200_2011/images/101.Bird_8", "own/test/101.Bird_8")
     shutil.copytree("data/CUB_200_2011/images/001.Bird_0", "own/test/001.Bird_0")
     shutil.copytree("data/CUB_200_2011/images/006.Bird_5", "own/test/new")  # of another fold
@@ -233,7 +233,7 @@ def test_a_run_that_is_continued_or_overwritten_loses_its_calibration(held_out):
     ("--calibrate --fmr 1",    "--fmr: invalid share (above 0, below 1) value: '1'"),
     ("--calibrate --fmr 0",    "--fmr: invalid share (above 0, below 1) value: '0'"),
     ("--calibrate --fmr 1e-4", "pairs of different classes here cannot tell a rate below 0.0017"),
-    ("{run} --calibrate",      "--calibrate: is of one network"),
+    ("{run} --calibrate",      "--calibrate: takes one network"),
     ("--calibrate --dataset folder --data-root one",     "10 images of 1 class have no pair of d"),
     ("--calibrate --dataset folder --data-root singles", "3 images of 3 classes have no pair of o"),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""compare.py: settings side by side, from the folders that runs leave."""
+"""compare.py: settings side by side, from run folders."""
 
 import csv
 import json
@@ -94,7 +94,7 @@ def test_real_runs_are_gathered_by_seed_and_unfinished_ones_are_listed(here, cap
     ((73, 75, 74), (69, 70, 70), "higher than the baseline's by 4.33"),
     ((63, 65, 64), (69, 70, 70), "lower than the baseline's by 5.67"),
 ])  # fmt: skip
-def test_the_verdict_is_that_of_the_paired_t_interval(here, capsys, ours, theirs, told):
+def test_the_verdict_follows_the_paired_t_interval(here, capsys, ours, theirs, told):
     for seed, (our, their) in enumerate(zip(ours, theirs), start=1):
         make_run(f"--seed {seed} --disent True --al 1", our)
         make_run(f"--seed {seed}", their)
@@ -129,18 +129,18 @@ def test_folds_are_averaged_within_a_seed_before_the_interval(here, capsys):
     assert "2x2" in text_of("", capsys)
 
 
-def test_settings_of_other_folds_are_not_compared_and_not_trials_of_one_search(here, capsys):
+def test_settings_of_different_folds_are_not_compared_and_not_chosen_among(here, capsys):
     for seed, fold, disent in ((1, 0, True), (2, 0, True), (1, 1, False), (2, 1, False)):
         flags = f"--seed {seed} --val-classes 0.5 --fold {fold} --disent {disent} --al 1"
         make_run(flags, 60 + seed, val=30 + fold)
-    assert "has folds 0, the baseline others" in text_of("", capsys)
+    assert "has folds 0, the baseline has others" in text_of("", capsys)
     make_run("--seed 1 --val-classes 0.5 --fold 1 --disent True --al 2", 60, val=90)
     out = text_of("--choose", capsys)
     assert "val/MAP@R 30.00 ± 0.00 (seeds 1, 2; folds 0): cub, Proxy_Anchor, DDML 1" in out
     assert "by val/MAP@R 90.00 (seeds 1; folds 1): cub, Proxy_Anchor, DDML 2" in out
 
 
-def test_a_setting_whose_seeds_all_lack_a_fold_is_left_out_and_the_others_are_shown(here, capsys):
+def test_a_setting_whose_seeds_all_lack_a_fold_is_left_out(here, capsys):
     for seed, fold in ((1, 0), (2, 1)):
         make_run(f"--seed {seed} --val-classes 0.5 --fold {fold}", 60, val=30)
     make_run("", 70)
@@ -149,7 +149,7 @@ def test_a_setting_whose_seeds_all_lack_a_fold_is_left_out_and_the_others_are_sh
 
 
 @pytest.mark.parametrize("other", ["train", "test"])
-def test_runs_of_other_images_never_share_a_row_or_a_comparison(here, capsys, other):
+def test_runs_of_different_images_never_share_a_row_or_a_comparison(here, capsys, other):
     images = {"train": TRAIN, "test": TEST}
     make_run("--disent True --al 1", 70)
     make_run("--disent True --al 1 --seed 2", 70)
@@ -161,7 +161,7 @@ def test_runs_of_other_images_never_share_a_row_or_a_comparison(here, capsys, ot
     assert text_of("", capsys).count("no baseline with otherwise equal flags") == 1
 
 
-def test_what_is_computed_with_makes_a_row_and_what_is_not_does_not(here):
+def test_flags_that_change_the_numbers_make_a_row_and_others_do_not(here):
     for flags in ("--compile", "--deterministic", "--precision bf16", "--weights none", "--lr 1",
                   "--epochs 4", "--ks 1 2", "--val-classes 0.5", "--bn-freeze 0"):  # fmt: skip
         make_run(flags, 70, val=1 if "val" in flags else None)
@@ -197,7 +197,7 @@ def test_a_row_tested_on_images_that_were_trained_on_says_so(here, capsys):
     ("--disent True --al 1 --batch-size 90",       PUBLISHED, False, ""),
     ("--disent True --al 1 --loss CosFace",        PUBLISHED, True, ""),
 ])  # fmt: skip
-def test_the_papers_numbers_stand_only_beside_runs_like_the_papers(
+def test_the_papers_numbers_are_shown_only_with_runs_like_the_papers(
     here, capsys, flags, images, shown, difference
 ):
     make_run(flags, 60, best=69, images=images)
@@ -207,7 +207,7 @@ def test_the_papers_numbers_stand_only_beside_runs_like_the_papers(
     assert ("the paper's" in text_of("", capsys)) == shown
 
 
-def test_a_baseline_of_another_loss_has_its_own_margin_and_scale(here, capsys):
+def test_a_baseline_of_another_loss_keeps_its_own_margin_and_scale(here, capsys):
     for seed in (1, 2):
         make_run(f"--seed {seed} --loss CosFace", 60 + seed)
         make_run(f"--seed {seed} --loss ArcFace", 62 + seed)
@@ -216,12 +216,12 @@ def test_a_baseline_of_another_loss_has_its_own_margin_and_scale(here, capsys):
     )
     make_run("--seed 1 --loss CosFace --mrg 0.2", 50)
     out = text_of("--baseline loss=CosFace", capsys)
-    assert "ArcFace: 2 baselines with otherwise equal flags: name one by another --baseline" in out
+    assert "ArcFace: 2 baselines with otherwise equal flags: add a --baseline to name one" in out
     out = text_of("--baseline loss=CosFace --baseline mrg=0.35", capsys)
     assert "ArcFace: last R@1 is higher" in out and "CosFace --mrg 0.2: fewer than 2" in out
 
 
-def test_by_names_the_epoch_and_the_default_is_the_honest_one(here, capsys):
+def test_by_names_the_epoch_and_the_default_is_not_chosen_on_test_images(here, capsys):
     make_run("", 60, best=70)
     assert " last 20.00 60.00" in text_of("", capsys)
     assert " best 20.00 70.00" in text_of("--by best", capsys)
@@ -233,7 +233,7 @@ def test_by_names_the_epoch_and_the_default_is_the_honest_one(here, capsys):
     assert "DDML 1 0 0: has no chosen epoch" in text_of("--by chosen", capsys)
 
 
-def test_choose_takes_the_best_validation_and_reports_seeds_that_did_not_choose(here, capsys):
+def test_choose_takes_the_best_validation_and_reports_the_other_seeds(here, capsys):
     def trial(weight, seed, val, last):
         flags = f"--val-classes 0.5 --fold 0 --seed {seed} --disent {weight > 0} --al {weight}"
         make_run(flags, last, val=val)
@@ -269,10 +269,10 @@ def test_labels_of_the_plot_tell_settings_apart(here):
     assert len(set(ticks)) == len(settings) == 10
 
 
-def test_of_two_runs_of_one_seed_the_second_is_named_and_own_images_are_told_apart(here, capsys):
+def test_a_second_run_of_a_seed_is_left_out_and_two_own_folders_are_two_rows(here, capsys):
     make_run("", 60)
     make_run("--remark _twin", 70)
-    assert "_twin: of the setting and seed of a run before it" in text_of("", capsys)
+    assert "_twin: has the setting and seed of another run" in text_of("", capsys)
     make_run("--dataset folder --data-root A", 60)
     make_run("--dataset folder --data-root B", 60)
     assert [row["seeds"] for row in table()] == ["1", "1", "1"]
@@ -292,6 +292,6 @@ def test_a_bad_comparison_ends_in_one_line(here, capsys, flags, line):
     assert line in fails(flags, capsys, compare.main)
 
 
-def test_without_a_finished_run_it_says_so(here, capsys):
+def test_compare_says_when_there_is_no_finished_run(here, capsys):
     compare.main(["."])
     assert capsys.readouterr().out == "no finished run\n"

@@ -105,7 +105,7 @@ def test_with_lr_0_the_scores_before_training_equal_the_last(cub, here):
 
 def test_a_last_epoch_worse_than_the_start_is_remarked_on():
     history = [{"epoch": 0, "R@1": 30.0}, {"epoch": 1, "R@1": 20.0}]
-    worse = "The last epoch is below the network that training started from: R@1 20.00 after"
+    worse = "The last epoch is worse than the network before training: R@1 20.00 after"
     assert remarks_on(results_of(history, {"R@1": 25.0}))[-1].startswith(worse)
     assert len(remarks_on(results_of(history, {"R@1": 15.0}))) == 1
     assert len(remarks_on(results_of(history))) == 1

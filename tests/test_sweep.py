@@ -1,4 +1,4 @@
-"""sweep.py: which runs there are, and that each is trained once, whatever is killed meanwhile."""
+"""sweep.py: which runs it makes, and that each is trained once, whatever is killed."""
 
 import argparse
 import json
@@ -46,7 +46,7 @@ def test_every_combination_of_grid_seeds_and_folds_is_a_run(here, capsys):
     assert list(here.iterdir()) == []  # a dry run writes nothing
 
 
-def test_combinations_that_train_the_same_are_one_run_without_the_flags_that_do_nothing(capsys):
+def test_combinations_that_train_the_same_are_one_run_without_its_unused_flags(capsys):
     found = commands(capsys, "--grid disent=False,True gam=1e-5,1e-3 IPC=2", "--al 1")
     assert found == [
         ("--disent=False", "--IPC=2"),
@@ -58,7 +58,7 @@ def test_combinations_that_train_the_same_are_one_run_without_the_flags_that_do_
     ]
 
 
-def test_draws_lie_in_their_ranges_and_depend_on_the_sweeps_seed_and_their_number_alone(capsys):
+def test_draws_lie_in_their_ranges_and_depend_on_sample_seed_and_number_alone(capsys):
     ranges = "--grid disent=True --range al=0.1:10:log be=0:2 batch-size=8:64:log"
     found = commands(capsys, f"{ranges} --sample 40")
     assert len(set(found)) == 40
@@ -74,7 +74,7 @@ def test_draws_lie_in_their_ranges_and_depend_on_the_sweeps_seed_and_their_numbe
     assert all(text == f"{float(text):.3g}" for text, _, _ in values)
 
 
-def test_shards_are_all_runs_once(capsys):
+def test_shards_together_have_every_run_once(capsys):
     flags = "--grid disent=False,True gam=1e-5,1e-3 --seeds 1-3"
     shards = [commands(capsys, f"{flags} --shard {i}/4") for i in (1, 2, 3, 4)]
     assert sorted(sum(shards, [])) == sorted(commands(capsys, flags)) and len(shards[3]) == 2
@@ -114,12 +114,12 @@ BAD = [
 
 
 @pytest.mark.parametrize("flags, line", BAD)
-def test_a_mistake_is_one_line_before_anything_starts(here, capsys, flags, line):
+def test_a_bad_flag_of_a_sweep_ends_in_one_line_before_anything_starts(here, capsys, flags, line):
     assert line in fails(flags, capsys, sweep.main)
     assert not [path for path in here.rglob("*") if path.is_file()]
 
 
-def test_each_run_has_a_gpu_of_those_that_are_visible_or_a_share_of_the_threads(monkeypatch):
+def test_each_run_gets_a_visible_gpu_or_a_share_of_the_threads(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
@@ -140,7 +140,7 @@ def test_a_folder_that_holds_a_run_of_other_flags_is_refused(here, capsys):
     assert "holds a run of --weights b/x.pth, there a/x.pth; give this sweep a --LOG_DIR" in line
 
 
-def test_a_sweep_trains_ends_with_the_table_and_called_again_prints_it_alone(
+def test_a_sweep_ends_with_the_table_and_a_second_call_only_prints_it(
     here, capfd, monkeypatch
 ):
     monkeypatch.setattr(jobs, "TRAIN", [sys.executable, "-m", "tests.toy", "train.py"])
@@ -162,7 +162,7 @@ def runs_in(folder):
     return sorted(path.parent for path in Path(folder).glob("logs*/*/*/args.json"))
 
 
-def test_a_run_that_fails_is_named_stops_no_other_and_is_tried_by_the_next_call(here):
+def test_a_failed_run_is_named_stops_no_other_and_is_tried_again_by_the_next_call(here):
     make_cub(here / "data")
     flags = f"--grid batch-size=400,8 -- {BASE.replace('--batch-size 8', '')} --epochs 1"
 
@@ -182,7 +182,7 @@ def test_a_run_that_fails_is_named_stops_no_other_and_is_tried_by_the_next_call(
     assert snapshot(done) == before and log.read_text().count("train.py: error") == 2
 
 
-def test_a_run_that_another_process_began_in_the_meantime_goes_on(here, monkeypatch):
+def test_a_run_that_another_process_began_in_the_meantime_is_resumed(here, monkeypatch):
     run, commands = jobs.Run(here, ["--lr=1"], argparse.Namespace(epochs=1)), []
 
     class Late:
@@ -210,7 +210,7 @@ def wait_for(condition, process, seconds=60):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_every_run_and_the_same_command_goes_on(here, capsys, number, status):
+def test_a_signal_saves_every_run_and_the_same_command_continues_them(here, capsys, number, status):
     make_cub(here / "data")
     flags = f"--jobs 2 --seeds 1-3 -- {BASE} --epochs "
     process = forked.start(sweep_py, flags + "1000000")
@@ -259,7 +259,7 @@ def hold(folder):
     time.sleep(600)
 
 
-def test_a_run_in_use_is_waited_for_and_run_once_the_other_process_has_died(here):
+def test_a_run_in_use_is_waited_for_and_run_after_the_other_process_died(here):
     make_cub(here / "data")
     (here / "there").mkdir()
     flags = f"{BASE} --epochs 1"
@@ -281,7 +281,7 @@ def test_a_run_in_use_is_waited_for_and_run_once_the_other_process_has_died(here
     assert process.exitcode == 0 and len(metrics(folder)) == 1
 
 
-def test_killed_sweeps_end_after_one_more_call_as_one_left_alone(here):
+def test_killed_sweeps_end_like_an_uninterrupted_one_after_one_more_call(here):
     """The short version of `python -m tests.kill_sweep`."""
     tally = kill_sweep.kill_at_random(here, kills=3, seed=1)
     assert tally["killed alone"] and tally["killed with their runs"]
